@@ -1,0 +1,344 @@
+"""A study and its parts: YAML in, frozen and strict models out, and one clear line for every mistake.
+
+This module knows no torch. What a dataset's options may be is known by `datasets.py`, which checks them in `prepare`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+CONFIG_FOLDER = Path("configs")
+PARAMS_FILE = Path("params.yaml")
+MAX_CELLS = 20_000
+
+
+class VaesweepError(Exception):
+    """Every error that a user can cause; the command line prints it as one line and exits with a non-zero status."""
+
+
+class ConfigError(VaesweepError):
+    """A wrong value in a config file: which file, which key, which rule, and the value that breaks it."""
+
+
+class Arm(NamedTuple):
+    """Which terms of the objective a cell trains: loss = reconstruction_weight · R + β · penalty."""
+
+    samples: bool
+    penalty: Literal["kl", "code_l2", "none"]
+    reconstruction_weight: float = 1.0
+
+
+ARMS = {
+    "vae": Arm(samples=True, penalty="kl"),
+    "ae": Arm(samples=False, penalty="none"),
+    "ae_code_l2": Arm(samples=False, penalty="code_l2"),
+    "ae_as_published": Arm(samples=True, penalty="code_l2"),
+    "kl_only": Arm(samples=True, penalty="kl", reconstruction_weight=0.0),
+}
+ArmName = Literal["vae", "ae", "ae_code_l2", "ae_as_published", "kl_only"]
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Scalar = bool | int | float | str
+
+
+def axis(item: Any) -> Any:
+    """The type of a grid axis: one value or more, none of them twice."""
+    return Annotated[tuple[item, ...], Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """A frozen model that converts nothing and refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _no_value_twice(cls, value: Any, info: Any) -> Any:
+        if info.field_name not in ("hidden", "noise") and isinstance(value, tuple) and len(set(value)) < len(value):
+            raise ValueError("no value may stand twice")
+        return value
+
+
+class Data(Strict):
+    """Which data the cells see. Further keys are options of the dataset's function in `datasets.py`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Name
+    axes: dict[str, axis(Scalar)] = Field({}, description="options of the dataset that the grid varies: one dataset a value")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Model(Strict):
+    """The network of every cell; the decoder mirrors the encoder."""
+
+    hidden: tuple[Count, ...] = Field(description="widths of the encoder's hidden layers; empty for a linear network")
+    activation: Literal["relu", "tanh", "identity"] = Field("relu", description="between layers, never after the last one")
+    likelihood: Literal["bernoulli", "gaussian"] = Field(description="what R, the reconstruction term, is the negative log of")
+    bias: bool = Field(True, description="whether layers have biases")
+
+
+class ArmAxes(Strict):
+    """Axes that only some arms have."""
+
+    beta: axis(NonNegative) = Field((1.0,), description="weight of the arm's penalty, per sample and in nats")
+
+
+class Grid(Strict):
+    """The axes of a study; its cells are the product of the axes that each arm has."""
+
+    latent_dim: axis(Count)
+    l2: axis(NonNegative) = Field((0.0,), description="λ: weight of the summed squares of all weight matrices")
+    sigma2: axis(Positive | Literal["learned"]) = Field((1.0,), description="σ² of a Gaussian likelihood")
+    learning_rate: axis(Positive) = Field((1e-3,), description="of Adam, before the schedule")
+    seed: axis(Seed) = Field((0, 1, 2, 3, 4), description="decides initial weights, batch order and ε")
+    arms: dict[ArmName, ArmAxes] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _an_arm_has_only_its_axes(self) -> Grid:
+        for name, axes in self.arms.items():
+            if ARMS[name].penalty == "none" and "beta" in axes.model_fields_set:
+                raise ValueError(f"arm '{name}' has no penalty, so it has no axis 'beta'")
+        return self
+
+
+class Schedule(Strict):
+    """A factor that changes over training: from `start` to `end` within the share `over` of all updates."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    start: NonNegative = 1.0
+    end: NonNegative = 1.0
+    over: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class Train(Strict):
+    """The training budget, in updates, so that small and large datasets compare."""
+
+    updates: Count
+    batch_size: Count = 128
+    learning_rate_schedule: Schedule = Schedule()
+    beta_schedule: Schedule = Schedule()
+    clip_norm: Positive | None = Field(None, description="largest gradient norm of a cell")
+    history_points: Annotated[int, Field(ge=10)] = Field(40, description="how often losses are recorded")
+    keep: Literal["best", "last"] = Field("best", description="which weights are evaluated: best on validation, or last")
+
+
+class Noise(Strict):
+    """Corruption of the test inputs."""
+
+    kind: Literal["sparse_abs_gaussian", "gaussian", "salt_and_pepper"]
+    levels: axis(NonNegative)
+
+    @model_validator(mode="after")
+    def _shares_are_shares(self) -> Noise:
+        if self.kind != "gaussian" and max(self.levels) > 1:
+            raise ValueError(f"levels of '{self.kind}' are shares, at most 1")
+        return self
+
+
+class Evaluate(Strict):
+    """What is measured on the test set."""
+
+    noise: tuple[Noise, ...] = Field((), description="corruptions under which reconstruction is measured")
+    neighbours: Count = Field(5, description="k of the k-nearest-neighbour accuracy of the codes")
+    active_threshold: Positive = Field(0.01, description="a unit is active if its mean varies more than this over the data")
+
+
+class Study(Strict):
+    """One question, one file: data, network, grid, budget, evaluation."""
+
+    sections: ClassVar = ("data", "model", "grid", "train", "evaluate")
+
+    title: Annotated[str, Field(min_length=1, max_length=200)]
+    data: Data
+    model: Model
+    grid: Grid
+    train: Train
+    evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Study:
+        grid = self.grid
+        if self.model.likelihood == "bernoulli" and "sigma2" in grid.model_fields_set:
+            raise ValueError("a Bernoulli likelihood has no σ², so the grid has no axis 'sigma2'")
+        if self.size > MAX_CELLS:
+            raise ValueError(f"the grid has {self.size} cells, at most {MAX_CELLS} are allowed")
+        if self.train.updates < self.train.history_points:
+            raise ValueError("train.updates must be at least train.history_points")
+        return self
+
+    @property
+    def size(self) -> int:
+        """The number of cells."""
+        grid, size = self.grid, 1
+        for values in (grid.latent_dim, grid.l2, grid.sigma2, grid.learning_rate, grid.seed, *self.data.axes.values()):
+            size *= len(values)
+        return size * sum(len(arm.beta) if ARMS[name].penalty != "none" else 1 for name, arm in grid.arms.items())
+
+
+class Range(Strict):
+    """A log-uniform range."""
+
+    low: Positive
+    high: Positive
+
+    @model_validator(mode="after")
+    def _low_below_high(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"`low < high` must hold, but got (low={self.low}, high={self.high})")
+        return self
+
+
+class Space(Strict):
+    """What the search varies."""
+
+    beta: Range
+    l2: Range | None = Field(None, description="λ is 0 where no range is given")
+
+
+class Sampler(Strict):
+    """Who proposes trials."""
+
+    kind: Literal["tpe", "nsga2", "qmc", "random"] = "tpe"
+    seed: Seed = 0
+
+
+class Search(Strict):
+    """A search for KL weights: a study's data and network, a space, and two objectives, distortion and rate."""
+
+    title: Annotated[str, Field(min_length=1, max_length=200)]
+    study: Name = Field(description="the study whose data and network are searched")
+    arm: Literal["vae"] = "vae"
+    latent_dim: Count
+    seed: Seed = 0
+    space: Space
+    sampler: Sampler = Sampler()
+    trials: Count = Field(description="target count of finished trials")
+    batch: Count = Field(description="trials that are asked, trained as one stack, and told together")
+    train: Train
+
+
+class Settings(Strict):
+    """`params.yaml`: what runs, and where."""
+
+    studies: axis(Name)
+    searches: dict[Name, Name] = Field({}, description="each search with the study whose prepared data it uses")
+    data_root: str | None = Field(None, description="folder with downloaded datasets; VAESWEEP_DATA_ROOT overrides it")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    stack_size: Count | None = Field(None, description="cells that train together; chosen automatically if null")
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> Settings:
+        if clash := set(self.studies) & set(self.searches):
+            raise ValueError(f"a study and a search share the name {sorted(clash)[0]!r}")
+        return self
+
+
+def load_study(name: str, folder: Path = CONFIG_FOLDER) -> Study:
+    """Reads and checks `configs/<name>.yaml`. Raises ConfigError."""
+    return _load(Study, _config_path(name, folder))
+
+
+def load_search(name: str, folder: Path = CONFIG_FOLDER) -> Search:
+    """Reads and checks the YAML of a search. Raises ConfigError."""
+    return _load(Search, _config_path(name, folder))
+
+
+def load_settings(path: Path = PARAMS_FILE) -> Settings:
+    """Reads and checks `params.yaml`. Raises ConfigError."""
+    settings = _load(Settings, path)
+    for search, study in settings.searches.items():
+        if (named := load_search(search, path.parent / CONFIG_FOLDER).study) != study:
+            raise ConfigError(f"{path}: searches.{search}: its file names study '{named}', but got '{study}'")
+    return settings
+
+
+def _config_path(name: str, folder: Path) -> Path:
+    path = folder / f"{name}.yaml"
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) and path.is_file():
+        return path
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    raise ConfigError(f"{folder}/: there is no config {name[:80]!r}{nearest(name, known)}; there are: {', '.join(known)}")
+
+
+def _load(model: type[Strict], path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = YAML(typ="safe", pure=True).load(text)
+    except (OSError, UnicodeDecodeError, YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold keys and values, but got {content!r:.80}")
+    try:
+        return model.model_validate_json(json.dumps(content, default=str))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first_line(model, content, error)}") from None
+
+
+def _first_line(model: type[Strict], content: Any, error: ValidationError) -> str:
+    # An unknown key is likelier the cause than the key that is then missing.
+    first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] == "missing"))
+    location = [part for part in first["loc"] if not (isinstance(part, str) and part not in _keys(content, first["loc"]))]
+    key = ".".join(map(str, location))
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key{nearest(str(location[-1]), _fields(model, location[:-1]))}"
+    if first["type"] == "missing":
+        missing = str(first["loc"][-1])
+        hint = " (write `evaluate: {}` for its defaults)" if missing == "evaluate" else ""
+        return f"{'.'.join(map(str, first['loc']))}: is required{hint}"
+    rule = first["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(first["input"], dict) else f", but got {first['input']!r:.80}"
+    return f"{key + ': ' if key else ''}{rule}{shown}"
+
+
+def _keys(content: Any, location: tuple) -> set:
+    """Every key and index met on the way to `location`; pydantic also names union members and '[key]', which are no keys."""
+    met = set()
+    for part in location:
+        if isinstance(content, dict) and part in content:
+            content = content[part]
+        elif isinstance(content, list) and isinstance(part, int) and part < len(content):
+            content = content[part]
+        else:
+            continue
+        met.add(part)
+    return met
+
+
+def _fields(model: Any, location: list) -> list[str]:
+    schema = model.model_json_schema()
+    node = schema
+    for part in location:
+        node = _resolve(schema, node)
+        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
+    return list(_resolve(schema, node).get("properties", {}))
+
+
+def _resolve(schema: dict, node: dict) -> dict:
+    options = [node, *node.get("anyOf", [])]
+    for option in options:
+        if "$ref" in option:
+            return schema["$defs"][option["$ref"].split("/")[-1]]
+    return node
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """' (did you mean …?)' for the known name nearest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
