@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from pipeline.config import VaesweepError
+from pipeline.config import ConfigError, Data, VaesweepError
+from pipeline.datasets import SPLITS, Dataset
+from pipeline.grid import data_points
 
 FORMAT_VERSION = 1
 
@@ -210,3 +213,77 @@ class CellStore:
             file.flush()
             yield
             file.truncate(0)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study's datasets as `prepare` left them; every list has one item a dataset, in the order of `grid.data_points`.
+
+    `x` is float32, images scaled to [0, 1]. `labels` index `class_names`; both are None where the data has none. `hashes` are
+    the SHA-256 of the files, and `description` is all of `describe.json`.
+    """
+
+    x: dict[str, list[torch.Tensor]]
+    labels: dict[str, list[torch.Tensor]] | None
+    hashes: list[str]
+    points: list[dict[str, Any]]
+    features: int
+    image_shape: tuple[int, int] | None
+    unit_range: bool
+    class_names: tuple[str, ...] | None
+    description: dict[str, Any]
+
+
+def save_prepared(folder: Path, data: Data, datasets: Sequence[Dataset]) -> None:
+    """Writes one file a dataset, and their description last. Raises ConfigError if they differ in their number of features."""
+    widths = sorted({x.shape[1] for dataset in datasets for x in dataset.x.values()})
+    if len(widths) > 1:
+        raise ConfigError(f"data.axes: all datasets of a study must have the same number of features, but got {widths}")
+    for stale in folder.glob("*.safetensors"):
+        stale.unlink()
+    described = [
+        _save_dataset(folder / f"{index}.safetensors", point, dataset)
+        for index, (point, dataset) in enumerate(zip(data_points(data), datasets, strict=True))
+    ]
+    first = datasets[0]
+    shared = {"image_shape": first.image_shape, "unit_range": first.unit_range, "labels": first.class_names}
+    content = {"name": data.name, "options": data.options, "features": widths[0], **shared, "datasets": described}
+    write_json(folder / "describe.json", content)
+
+
+def _save_dataset(path: Path, point: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
+    tensors = {f"{split}/x": x for split, x in dataset.x.items()}
+    tensors |= {f"{split}/labels": labels for split, labels in (dataset.labels or {}).items()}
+    write_tensors(path, tensors)
+    rows = {split: len(x) for split, x in dataset.x.items()}
+    return {"point": dict(point), "file": path.name, "sha256": sha256(path), "rows": rows}
+
+
+def load_prepared(folder: Path) -> Prepared:
+    """Reads what `save_prepared` wrote, each file checked against its SHA-256. Raises ArtifactError."""
+    description = read_json(folder / "describe.json")
+    described = description["datasets"]
+    tensors = [_verified_tensors(folder / entry["file"], entry["sha256"]) for entry in described]
+    labelled, shape = description["labels"] is not None, description["image_shape"]
+    return Prepared(
+        x={split: [_as_float(part[f"{split}/x"]) for part in tensors] for split in SPLITS},
+        labels={split: [part[f"{split}/labels"] for part in tensors] for split in SPLITS} if labelled else None,
+        hashes=[entry["sha256"] for entry in described],
+        points=[entry["point"] for entry in described],
+        features=description["features"],
+        image_shape=(shape[0], shape[1]) if shape else None,
+        unit_range=description["unit_range"],
+        class_names=tuple(description["labels"]) if labelled else None,
+        description=description,
+    )
+
+
+def _verified_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
+    tensors = read_tensors(path)
+    if (found := sha256(path)) != expected:
+        raise ArtifactError(f"{path}: its SHA-256 must be {expected}, but got {found}; run `vaesweep prepare` again")
+    return tensors
+
+
+def _as_float(x: torch.Tensor) -> torch.Tensor:
+    return x.float() / 255 if x.dtype == torch.uint8 else x

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -122,22 +122,21 @@ def _normalised(value: Any) -> Any:
     return value
 
 
-def stacks(wanted: Iterable[Cell], size: int) -> list[list[Cell]]:
-    """Cells that may share a stack, in balanced stacks of at most `size`, larger ones first.
+def stacks(wanted: Mapping[str, Cell], size: int) -> list[list[str]]:
+    """Ids of cells that may share a stack, in balanced stacks of at most `size`, larger ones first.
 
     Equal learning rates and λ stand side by side, because the optimiser steps such runs of cells in one call.
     """
-    def shape(cell: Cell) -> tuple:
-        return (cell.lanes, cell.model.model_dump_json(), cell.train.model_dump_json())
 
-    ordered = sorted(wanted, key=lambda cell: (*shape(cell), cell.learning_rate, cell.l2))
-    found = []
-    for _, group in itertools.groupby(ordered, key=shape):
-        found += balanced(list(group), size)
-    return found
+    def shape(key: str) -> tuple:
+        cell = wanted[key]
+        return cell.lanes, cell.model.model_dump_json(), cell.train.model_dump_json()
+
+    ordered = sorted(wanted, key=lambda key: (*shape(key), wanted[key].learning_rate, wanted[key].l2))
+    return [stack for _, group in itertools.groupby(ordered, key=shape) for stack in balanced(list(group), size)]
 
 
-def balanced(group: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
+def balanced(group: Sequence[str], size: int) -> Iterator[list[str]]:
     """Splits a group into the fewest runs of at most `size`, whose lengths differ by at most one."""
     count = math.ceil(len(group) / size)
     small, larger = divmod(len(group), count)

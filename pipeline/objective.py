@@ -1,0 +1,111 @@
+"""The objective in nats per sample: likelihoods, KL and penalties, as pure functions that reduce no more than they must.
+
+    loss = mean over batch [ w · R(x, x̂) + β · P(μ, log σ²) ] + λ · Σ over weight matrices ‖W‖²
+
+The last term acts through its gradient 2λW alone, which the optimiser adds (Adam's coupled weight decay).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline.grid import Cell
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+class _BernoulliNll(torch.autograd.Function):
+    """Cross-entropy from logits, with its gradient σ(logit) − target made in the same pass.
+
+    Built on exp and log alone: torch's sigmoid and log1p round differently at the end of a vector, hence by neighbours.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        small = logits.abs().neg_().exp_()
+        total = small + 1
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.where(logits >= 0, 1.0, small).div_(total).sub_(target))
+        return total.log_().add_(logits.clamp(min=0)).sub_(logits * target).sum(dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grad[..., None], None
+
+
+def bernoulli_nll(
+    logits: Float[Tensor, "stack batch feature"], target: Float[Tensor, "stack batch feature"]
+) -> Float[Tensor, "stack batch"]:
+    """−log p(x|z) for p(x|z) = Π Bernoulli(x_j; sigmoid(logit_j)). For targets in (0, 1) a cross-entropy, no likelihood."""
+    return _BernoulliNll.apply(logits, target)
+
+
+def gaussian_nll(
+    mean: Float[Tensor, "stack batch feature"], target: Float[Tensor, "stack batch feature"], log_sigma2: Float[Tensor, " stack"]
+) -> Float[Tensor, "stack batch"]:
+    """−log N(x; mean, σ² I) = ½‖x − mean‖²/σ² + (D/2) log(2πσ²)."""
+    log_sigma2 = log_sigma2[:, None]
+    squared = (mean - target).square().sum(dim=-1)
+    return 0.5 * squared * torch.exp(-log_sigma2) + 0.5 * mean.shape[-1] * (LOG_2PI + log_sigma2)
+
+
+def kl_per_latent(
+    mu: Float[Tensor, "stack batch lane"], log_variance: Float[Tensor, "stack batch lane"]
+) -> Float[Tensor, "stack batch lane"]:
+    """KL(N(μ, σ²) ‖ N(0, 1)) = ½ (μ² + σ² − 1 − log σ²) ≥ 0, for each latent (Kingma & Welling 2014, appendix B)."""
+    return 0.5 * (mu.square() + torch.expm1(log_variance) - log_variance)
+
+
+def half_squared_norm(mu: Float[Tensor, "stack batch lane"]) -> Float[Tensor, "stack batch"]:
+    """½‖μ‖²: what the KL keeps of the mean when the variance is left free."""
+    return 0.5 * mu.square().sum(dim=-1)
+
+
+class Terms(NamedTuple):
+    """Means over a batch, one value a cell, in nats per sample."""
+
+    loss: Float[Tensor, " stack"]
+    reconstruction: Float[Tensor, " stack"]
+    penalty: Float[Tensor, " stack"]
+
+
+class Objective:
+    """What each cell of a stack minimises, as one tensor a knob: which terms, how strongly, and with what noise."""
+
+    def __init__(self, cells: list[Cell], device: torch.device | str = "cpu"):
+        def knob(values: Sequence[float | bool]) -> Float[Tensor, " stack"]:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        self.bernoulli = cells[0].model.likelihood == "bernoulli"
+        self.samples = knob([cell.arm.samples for cell in cells])[:, None, None]
+        self.reconstruction_weight = knob([cell.arm.reconstruction_weight for cell in cells])
+        self.beta = knob([cell.beta or 0.0 for cell in cells])
+        self.code_l2 = knob([cell.arm.penalty == "code_l2" for cell in cells])[:, None].bool()
+        self.learns_sigma2 = knob([cell.sigma2 == "learned" for cell in cells]).bool()
+
+    def sample(self, mu: Tensor, log_variance: Tensor, epsilon: Tensor) -> Tensor:
+        """z = μ + σ ⊙ ε where the arm samples, else z = μ. All [stack, batch, lane]; ε is masked already."""
+        return mu + torch.exp(0.5 * log_variance) * epsilon * self.samples
+
+    def reconstruction(self, output: Tensor, target: Tensor, log_sigma2: Tensor) -> Float[Tensor, "stack batch"]:
+        """R = −log p(x|z). `output` is what `decode` returns."""
+        if self.bernoulli:
+            return bernoulli_nll(output, target)
+        return gaussian_nll(output, target, torch.where(self.learns_sigma2, log_sigma2, log_sigma2.detach()))
+
+    def penalty(self, mu: Tensor, log_variance: Tensor) -> Float[Tensor, "stack batch"]:
+        """P: the KL, or ½‖μ‖² in the arms that say so. An arm without penalty has β = 0."""
+        kl = kl_per_latent(mu, log_variance).sum(dim=-1)
+        return torch.where(self.code_l2, half_squared_norm(mu), kl)
+
+    def terms(self, reconstruction: Tensor, penalty: Tensor, beta_factor: float = 1.0) -> Terms:
+        """Batch means and the loss without its λ term; `beta_factor` is where the β schedule stands."""
+        r, p = reconstruction.mean(dim=1), penalty.mean(dim=1)
+        return Terms(self.reconstruction_weight * r + beta_factor * self.beta * p, r, p)

@@ -1,0 +1,1 @@
+"""One file a DVC stage; stages meet only through files."""

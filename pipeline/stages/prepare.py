@@ -1,0 +1,31 @@
+"""`prepare`: fetches or generates a study's data, verifies it, splits it, and writes it with a description."""
+
+from __future__ import annotations
+
+import contextlib
+
+from pipeline import datasets
+from pipeline.artifacts import Folders, main_checkout, save_prepared
+from pipeline.config import CONFIG_FOLDER, ConfigError, Settings, load_settings, load_study
+
+
+def run(name: str) -> None:
+    """Writes `data/prepared/<name>/`. Raises ConfigError, naming the study's file, and DatasetError."""
+    settings, data = load_settings(), load_study(name).data
+    try:
+        built = datasets.build(data, datasets.data_root(settings.data_root, main_checkout()))
+        save_prepared(Folders(name).prepared, data, built)
+    except ConfigError as error:
+        raise ConfigError(f"{CONFIG_FOLDER / name}.yaml: {error}") from None
+    except datasets.MissingFilesError as error:
+        raise datasets.MissingFilesError(f"{error}; studies that need none: {', '.join(_offline_studies(settings))}") from error
+
+
+def _offline_studies(settings: Settings) -> list[str]:
+    """The studies of `params.yaml` whose data comes with the packages or is generated."""
+    found = []
+    for name in settings.studies:
+        with contextlib.suppress(ConfigError):
+            if load_study(name).data.name in datasets.without_download():
+                found.append(name)
+    return found
