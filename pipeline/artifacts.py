@@ -8,23 +8,25 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from pipeline.config import ConfigError, Data, VaesweepError
+from pipeline.config import ConfigError, Data, Study, VaesweepError
 from pipeline.datasets import SPLITS, Dataset
-from pipeline.grid import data_points
+from pipeline.grid import Cell, Runtime, balanced, cells, data_points, identify
+from pipeline.model import StackedAutoencoder
 
 FORMAT_VERSION = 1
 
@@ -138,6 +140,8 @@ class Folders:
         self.prepared = Path("data/prepared") / name
         self.train = Path("runs") / name / "train"
         self.evaluate = Path("runs") / name / "evaluate"
+        self.metrics = Path("runs") / name / "metrics.json"  # a file of its own, and so the next one: DVC shows only those
+        self.rate_distortion = Path("runs") / name / "rate_distortion.csv"
         self.prune = Path("runs") / name / "prune"
         self.search = Path("runs") / name / "search"
 
@@ -166,6 +170,15 @@ class CellStore:
 
     def record(self, cell_id: str) -> dict[str, Any]:
         return read_json(self.root / "cells" / cell_id / "record.json")
+
+    def history(self, cell_ids: Iterable[str]) -> pd.DataFrame:
+        """The histories of cells, one row a cell and history point."""
+        parts = [pd.DataFrame({"cell_id": key, **self.record(key)["history"]}) for key in cell_ids]
+        return pd.concat(parts, ignore_index=True)
+
+    def size(self, cell_id: str) -> int:
+        """Bytes that a cell takes."""
+        return sum(path.stat().st_size for path in (self.root / "cells" / cell_id).iterdir())
 
     def remove(self, cell_id: str) -> None:
         shutil.rmtree(self.root / "cells" / cell_id, ignore_errors=True)
@@ -259,9 +272,15 @@ def _save_dataset(path: Path, point: Mapping[str, Any], dataset: Dataset) -> dic
     return {"point": dict(point), "file": path.name, "sha256": sha256(path), "rows": rows}
 
 
-def load_prepared(folder: Path) -> Prepared:
-    """Reads what `save_prepared` wrote, each file checked against its SHA-256. Raises ArtifactError."""
+def load_prepared(folder: Path, data: Data | None = None) -> Prepared:
+    """Reads what `save_prepared` wrote, each file checked against its SHA-256; with `data`, only if that is what it wrote.
+
+    Raises ArtifactError.
+    """
     description = read_json(folder / "describe.json")
+    points = [entry["point"] for entry in description["datasets"]]
+    if data and (data.name, data.options, data_points(data)) != (description["name"], description["options"], points):
+        raise ArtifactError(f"{folder}: holds another `data:` section's data; run `vaesweep prepare {folder.name}`")
     described = description["datasets"]
     tensors = [_verified_tensors(folder / entry["file"], entry["sha256"]) for entry in described]
     labelled, shape = description["labels"] is not None, description["image_shape"]
@@ -287,3 +306,36 @@ def _verified_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
 
 def _as_float(x: torch.Tensor) -> torch.Tensor:
     return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+class TrainedStack(NamedTuple):
+    """Finished cells of one dataset and one number of lanes, with the weights that `train` kept."""
+
+    keys: list[str]
+    model: StackedAutoencoder
+    dataset: int
+
+
+def finished_cells(folders: Folders, study: Study, data: Prepared, runtime: Runtime) -> dict[str, Cell]:
+    """The study's cells that `train` has finished, by id. Raises ArtifactError where it trained other ones."""
+    manifest = read_table(folders.train / "manifest.csv")
+    wanted = identify(cells(study), data.hashes, runtime)
+    if list(manifest["cell_id"]) != list(wanted):
+        raise ArtifactError(f"{folders.train}: holds other cells than the study has here; run `vaesweep train` again")
+    return {key: wanted[key] for key in manifest.loc[manifest["status"] == "finished", "cell_id"]}
+
+
+def trained_stacks(
+    folders: Folders, finished: Mapping[str, Cell], features: int, device: str, size: int = 32
+) -> Iterator[TrainedStack]:
+    """Finished cells in stacks of at most `size`. Raises ArtifactError."""
+
+    def group(key: str) -> tuple[int, int]:
+        return finished[key].dataset, finished[key].lanes
+
+    for (dataset, _), keys in itertools.groupby(sorted(finished, key=group), key=group):
+        for part in balanced(list(keys), size):
+            model = StackedAutoencoder([finished[key] for key in part], features, device)
+            for row, key in enumerate(part):
+                model.load_cell(row, read_tensors(folders.train / "weights" / f"{key}.safetensors", device))
+            yield TrainedStack(part, model, dataset)

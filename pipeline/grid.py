@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -109,6 +109,11 @@ def cell_id(cell: Cell, data_hash: str, runtime: Runtime) -> str:
     recipe["device"] = runtime.device.split(":")[0]
     recipe["torch"] = ".".join(runtime.torch.split(".")[:2])
     return hashlib.sha256(json.dumps(_normalised(recipe), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identify(cells: Iterable[Cell], data_hashes: Sequence[str], runtime: Runtime) -> dict[str, Cell]:
+    """Cells by their ids, in order; `data_hashes` has one item a dataset of the study."""
+    return {cell_id(cell, data_hashes[cell.dataset], runtime): cell for cell in cells}
 
 
 def _normalised(value: Any) -> Any:

@@ -27,9 +27,7 @@ class StackedLinear(torch.autograd.Function):
     """x @ weight + bias for each cell; the backward pass overwrites the gradient rows instead of returning them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, weight_grad: Tensor, bias_grad: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, weight_grad: Tensor, bias_grad: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.grads = weight_grad, bias_grad
         return torch.baddbmm(bias, x, weight)
@@ -46,6 +44,20 @@ class StackedLinear(torch.autograd.Function):
             torch.sum(grad, dim=1, keepdim=True, out=bias_grad)
         grad_x = torch.bmm(grad, weight.mT) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, None, None
+
+
+class WrittenGrad(torch.autograd.Function):
+    """A value whose gradient is written to its place instead of returned."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grad: Tensor) -> Tensor:
+        ctx.grad = grad
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        ctx.grad.copy_(grad)
+        return None, None
 
 
 class Layer(NamedTuple):
@@ -100,8 +112,7 @@ class StackedAutoencoder:
         self.weights = Buffer.zeros(stack, sum(_aligned(i * o) for i, o in self.shapes), device)
         self.biases = Buffer.zeros(stack, 1 + sum(_aligned(o) for _, o in self.shapes), device)
         self.layers = list(self._layers())
-        self.log_sigma2, grad = self.biases.view(self.biases.value.shape[1] - ROW_ALIGNMENT)
-        self.log_sigma2.grad = grad
+        self._log_sigma2 = self.biases.view(self.biases.value.shape[1] - ROW_ALIGNMENT)
         self.activate = {"relu": torch.relu_, "tanh": torch.tanh_, "identity": lambda x: x}[self.config.activation]
         dims = torch.tensor([cell.latent_dim for cell in cells], device=device)
         self.mask = (torch.arange(self.lanes, device=device) < dims[:, None]).float()[:, None]
@@ -114,6 +125,11 @@ class StackedAutoencoder:
             yield Layer(weight, bias, weight_grad, bias_grad if self.config.bias else None)
             weight_start += _aligned(fan_in * fan_out)
             bias_start += _aligned(fan_out)
+
+    @property
+    def log_sigma2(self) -> Float[Tensor, " stack"]:
+        """log σ² of a Gaussian likelihood, one a cell."""
+        return WrittenGrad.apply(*self._log_sigma2)
 
     def encode(
         self, x: Float[Tensor, "stack batch feature"]
@@ -144,7 +160,7 @@ class StackedAutoencoder:
                 part.draw(seeds, index, purpose)
         for row, cell in enumerate(self.cells):
             if isinstance(cell.sigma2, float):
-                self.log_sigma2[row] = math.log(cell.sigma2)
+                self._log_sigma2[0][row] = math.log(cell.sigma2)
         return self
 
     def _parts(self) -> Any:
@@ -169,7 +185,7 @@ class StackedAutoencoder:
                 view = part.of(row)
                 state[f"{name}.bias" if part.bias else f"{name}.weight"] = (view[0] if part.bias else view.T).clone()
         if self.config.likelihood == "gaussian":
-            state["log_sigma2"] = self.log_sigma2[row].detach().clone()
+            state["log_sigma2"] = self._log_sigma2[0][row].clone()
         return state
 
     @torch.no_grad()
@@ -180,7 +196,7 @@ class StackedAutoencoder:
                 value = state[f"{name}.bias" if part.bias else f"{name}.weight"]
                 part.of(row).copy_(value[None] if part.bias else value.T)
         if self.config.likelihood == "gaussian":
-            self.log_sigma2[row] = state["log_sigma2"]
+            self._log_sigma2[0][row] = state["log_sigma2"]
 
     def cell(self, row: int) -> Autoencoder:
         """One cell as a plain module."""

@@ -48,7 +48,9 @@ def bernoulli_nll(
 
 
 def gaussian_nll(
-    mean: Float[Tensor, "stack batch feature"], target: Float[Tensor, "stack batch feature"], log_sigma2: Float[Tensor, " stack"]
+    mean: Float[Tensor, "stack batch feature"],
+    target: Float[Tensor, "stack batch feature"],
+    log_sigma2: Float[Tensor, " stack"],
 ) -> Float[Tensor, "stack batch"]:
     """−log N(x; mean, σ² I) = ½‖x − mean‖²/σ² + (D/2) log(2πσ²)."""
     log_sigma2 = log_sigma2[:, None]

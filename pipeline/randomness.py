@@ -76,7 +76,9 @@ def normals(
     return torch.stack(pairs, dim=2).float().flatten(1, 2)
 
 
-def uniforms(seeds: Int[Tensor, " seed"], stream: Stream, rows: int, columns: int, purpose: int) -> Float[Tensor, "seed row column"]:
+def uniforms(
+    seeds: Int[Tensor, " seed"], stream: Stream, rows: int, columns: int, purpose: int
+) -> Float[Tensor, "seed row column"]:
     """Uniform numbers on (0, 1) for each (seed, row, column), float64; `purpose` tells several such tables apart."""
     device = seeds.device
     row = torch.arange(rows, device=device).view(-1, 1)

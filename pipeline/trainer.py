@@ -264,7 +264,6 @@ class _Adam:
             for name, buffer in self.buffers.items()
             for moment in ("exp_avg", "exp_avg_sq")
         }
-        self.log_sigma2 = model.log_sigma2
         groups, start = [], 0
         for (rate, l2), run in itertools.groupby(cells, key=lambda cell: (cell.learning_rate, cell.l2)):
             rows = slice(start, start := start + len(list(run)))
@@ -287,7 +286,6 @@ class _Adam:
         for group in self.adam.param_groups:
             group["lr"] = group["base"] * rate_factor
         self.adam.step()
-        self.log_sigma2.grad.zero_()  # the only gradient that autograd adds to; layers overwrite theirs
 
     def set_step(self, update: int) -> None:
         for state in self.adam.state.values():

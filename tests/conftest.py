@@ -9,7 +9,9 @@ from pipeline.grid import Cell
 
 @pytest.fixture
 def make_cell():
-    def make(arm="vae", *, beta=1.0, latent_dim=2, l2=0.0, sigma2=None, learning_rate=1e-3, seed=0, dataset=0, model=None, train=None):
+    def make(
+        arm="vae", *, beta=1.0, latent_dim=2, l2=0.0, sigma2=None, learning_rate=1e-3, seed=0, dataset=0, model=None, train=None
+    ):
         config = {"hidden": (30, 20), "likelihood": "bernoulli", **(model or {})}
         sigma2 = sigma2 if sigma2 is not None or config["likelihood"] == "bernoulli" else 1.0
         budget = Train(**{"updates": 40, "batch_size": 32, "history_points": 10, **(train or {})})

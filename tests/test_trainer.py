@@ -147,7 +147,9 @@ def test_a_diverged_cell_is_marked_and_the_others_go_on_untouched(make_cell, pix
 def test_best_weights_are_those_of_the_lowest_validation_loss(make_cell, pixels):
     """A large network on 16 rows overfits, so that the best point is not the last."""
     budget = {"updates": 600, "history_points": 30, "batch_size": 16}
-    record = train([make_cell("ae", learning_rate=1e-2, latent_dim=8, train=budget)], pixels[:16], pixels[100:]).results()[0].record
+    record = (
+        train([make_cell("ae", learning_rate=1e-2, latent_dim=8, train=budget)], pixels[:16], pixels[100:]).results()[0].record
+    )
     losses = record["history"]["validation_loss"]
     assert record["validation_loss"] == min(losses) < losses[-1]
     assert record["evaluated_update"] == record["history"]["update"][losses.index(min(losses))]

@@ -1,0 +1,226 @@
+"""The command line: each command parses, calls and prints. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.config import VaesweepError, load_settings
+
+if TYPE_CHECKING:
+    from pipeline.executors import Advance
+
+PARENT_POLL_SECONDS = 0.5
+
+
+class Group(click.Group):
+    """Turns every error that a user can cause into one line and a non-zero exit."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VaesweepError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"vaesweep: {' '.join(str(error).split())}", err=True)
+            ctx.exit(getattr(error, "exit_code", 1))
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Sweeps of variational autoencoders against plain autoencoders, a whole grid trained as one program.
+
+    `dvc repro` runs all stages; each is a command here too.
+    """
+
+
+@main.command()
+@click.argument("study")
+def prepare(study: str) -> None:
+    """Fetch or generate a study's data, verify and split it."""
+    from pipeline.stages import prepare as stage
+
+    stage.run(study)
+
+
+@main.command()
+@click.argument("study")
+def train(study: str) -> None:
+    """Train every cell of a study that has not been trained yet."""
+    from pipeline.stages import train as stage
+
+    with _stoppable() as stop:
+        stage.run(study, _show, stop)
+
+
+@main.command()
+@click.argument("study")
+def evaluate(study: str) -> None:
+    """Measure a study's cells on the test set, clean and corrupted."""
+    from pipeline.stages import evaluate as stage
+
+    with _dies_with_dvc():
+        stage.run(study)
+
+
+@main.command()
+@click.argument("study")
+def prune(study: str) -> None:
+    """Find out which latent dimensions a study's decoders use."""
+    from pipeline.stages import prune as stage
+
+    with _dies_with_dvc():
+        stage.run(study)
+
+
+@main.command()
+@click.argument("search")
+def search(search: str) -> None:
+    """Search KL weights with Optuna, a batch of trials as one stack."""
+    from pipeline.stages import search as stage
+
+    with _stoppable() as stop:
+        stage.run(search, _show, stop)
+
+
+@main.command()
+def report() -> None:
+    """Write reports/report.md and its figures from the tables on disk."""
+    from pipeline.stages import report as stage
+
+    stage.run()
+
+
+@main.command()
+@click.argument("study")
+def plan(study: str) -> None:
+    """Show what a study would train, and what that would cost, before anything is spent."""
+    from pipeline.stages import plan as stage
+
+    click.echo(stage.run(study))
+
+
+@main.command()
+def sync() -> None:
+    """Upload to MLflow what it lacks; what is there already stays as it is."""
+    from pipeline import tracking
+
+    settings = load_settings()
+    synced = tracking.sync(tracking.MlflowTracker(), settings.studies, settings.searches)
+    for name, count in synced.changed.items():
+        click.echo(f"{name}: {count} runs uploaded" if count else f"{name}: up to date")
+    for note in synced.notes:
+        click.echo(note, err=True)
+
+
+@main.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def clean(dry_run: bool) -> None:
+    """Remove cells from the store that no listed study or search uses, and checkpoints of such cells."""
+    from pipeline.stages import clean as stage
+
+    cells, size = stage.run(dry_run)
+    click.echo(f"{cells} cells, {size / 1e6:.1f} MB {'would be removed' if dry_run else 'removed'}")
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=5000, show_default=True, help="Port to listen on.")
+def ui(host: str, port: int) -> None:
+    """Open the MLflow UI on the runs of this project."""
+    from pipeline import tracking
+
+    os.execvp(sys.executable, tracking.ui_command(host, port))
+
+
+def _show(name: str, advances: Iterable[Advance]) -> None:
+    """A progress bar of one study's training on a terminal; a line now and then where there is none."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return _show_lines(name, advances)
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[cells]} cells"),
+        MofNCompleteColumn(),
+        TextColumn("updates"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"train {name}", total=None, cells="")
+        for advance in advances:
+            cells = f"{advance.cells_done}/{advance.cells}"
+            progress.update(task, completed=advance.updates_done, total=advance.updates, cells=cells)
+
+
+def _show_lines(name: str, advances: Iterable[Advance], every_seconds: float = 15.0) -> None:
+    start = shown = time.monotonic()
+    for advance in advances:
+        now = time.monotonic()
+        if now - shown >= every_seconds or advance.updates_done == advance.updates:
+            left = (now - start) / max(1, advance.updates_done) * (advance.updates - advance.updates_done)
+            done = f"{advance.cells_done}/{advance.cells} cells, {advance.updates_done}/{advance.updates} updates"
+            click.echo(f"train {name}: {done}, {left:.0f} s left", err=True)
+            shown = now
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[Callable[[], int | None]]:
+    """While training: SIGINT and SIGTERM ask for a checkpoint and an end; a second one ends at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with _dies_with_dvc():
+            yield lambda: asked[0] if asked else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _dies_with_dvc() -> Iterator[None]:
+    """Ends this process when the `dvc` that started it is gone: killing `dvc repro` leaves its child running."""
+    if "DVC_STAGE" not in os.environ or (dvc := _dvc_ancestor()) is None:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(PARENT_POLL_SECONDS):
+            if not dvc.is_running():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _dvc_ancestor() -> Any:
+    """The nearest ancestor that is no shell; DVC starts a stage's command through one."""
+    import psutil
+
+    shells = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
+    return next((parent for parent in psutil.Process().parents() if parent.name() not in shells), None)

@@ -1,0 +1,120 @@
+"""`plan`: what a study would train and cost, from a short measurement, before anything is spent. Writes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import Counter
+
+import torch
+from tabulate import tabulate
+
+from pipeline import datasets
+from pipeline.artifacts import ArtifactError, CellStore, Folders, Prepared, load_prepared, main_checkout
+from pipeline.config import CONFIG_FOLDER, ConfigError, Study, load_settings, load_study
+from pipeline.executors import bytes_per_cell, choose_stack_size, find_runtime
+from pipeline.grid import Cell, Runtime, cells, data_points, identify, parameter_count, stacks
+from pipeline.trainer import StackTrainer
+
+MEASURED_UPDATES = 12
+MEASURED_ROWS = 1024
+
+
+def run(name: str) -> str:
+    """The plan as text: defaults, grid, cells, stacks, parameters, memory, disk and time. Raises VaesweepError."""
+    settings, study = load_settings(), load_study(name)
+    runtime, wanted = find_runtime(settings.device), cells(study)
+    data = _prepared(name, study)
+    features = data.features if data else _features(name, study)
+    missing = _missing(wanted, data, runtime)
+    size = settings.stack_size or min(choose_stack_size(cell, features, runtime.device) for cell in wanted)
+    groups = stacks(missing, size)
+    rows = [*_grid_rows(study, wanted, missing), *_cost_rows(study, wanted, missing, groups, features, runtime)]
+    text = tabulate([(label, value) for label, value in rows], tablefmt="plain")
+    return f"{name}: {study.title}\n\n{text}\n\n{_defaults(study)}"
+
+
+def _prepared(name: str, study: Study) -> Prepared | None:
+    try:
+        return load_prepared(Folders(name).prepared, study.data)
+    except ArtifactError:
+        return None
+
+
+def _features(name: str, study: Study) -> int:
+    """The width of data that is not prepared yet: it is made or read, and not kept."""
+    try:
+        root = datasets.data_root(load_settings().data_root, main_checkout())
+        return datasets.build(study.data, root)[0].x["train"].shape[1]
+    except ConfigError as error:
+        raise ConfigError(f"{CONFIG_FOLDER / name}.yaml: {error}") from None
+
+
+def _missing(wanted: list[Cell], data: Prepared | None, runtime: Runtime) -> dict[str, Cell]:
+    """Cells that the store lacks; without prepared data, all of them."""
+    if data is None:
+        return {str(number): cell for number, cell in enumerate(wanted)}
+    store = CellStore()
+    return {key: cell for key, cell in identify(wanted, data.hashes, runtime).items() if key not in store}
+
+
+def _grid_rows(study: Study, wanted: list[Cell], missing: dict[str, Cell]) -> list[tuple[str, str]]:
+    arms = ", ".join(f"{count} {arm}" for arm, count in Counter(cell.arm_name for cell in wanted).items())
+    axes = {name: getattr(study.grid, name) for name in ("latent_dim", "l2", "sigma2", "learning_rate", "seed")}
+    axes |= {name: values for name, values in study.data.axes.items()}
+    shown = " × ".join(f"{name} {list(values)}" for name, values in axes.items() if len(values) > 1)
+    betas = "; ".join(f"{arm} β {list(axis.beta)}" for arm, axis in study.grid.arms.items() if "beta" in axis.model_fields_set)
+    datasets_word = f"{len(data_points(study.data))} dataset(s) of {study.data.name}"
+    return [
+        ("data", datasets_word),
+        ("grid", shown),
+        ("arms", betas or ", ".join(study.grid.arms)),
+        ("cells", f"{len(wanted)} ({arms}); {len(wanted) - len(missing)} are trained already"),
+    ]
+
+
+def _cost_rows(
+    study: Study, wanted: list[Cell], missing: dict[str, Cell], groups: list[list[str]], features: int, runtime: Runtime
+) -> list[tuple[str, str]]:
+    largest = max(wanted, key=lambda cell: cell.latent_dim)
+    parameters = parameter_count(study.model, features, largest.latent_dim)
+    widest = max((len(group) for group in groups), default=0)
+    memory = widest * bytes_per_cell(study.model, features, largest.lanes, study.train.batch_size)
+    disk = 4 * sum(parameter_count(study.model, features, cell.latent_dim) for cell in missing.values())
+    seconds = sum(_seconds(group, missing, features, runtime.device) for group in groups)
+    sizes = ", ".join(f"{count} of {size}" for size, count in Counter(map(len, groups)).items())
+    return [
+        ("device", f"{runtime.device}, torch {runtime.torch}, {runtime.precision}"),
+        ("stacks", sizes or "none"),
+        ("parameters", f"{parameters:,} a cell at most"),
+        ("memory", f"{memory / 1e6:,.0f} MB for the largest stack, and the data"),
+        ("disk", f"{disk / 1e6:,.0f} MB of weights"),
+        ("time", f"about {_duration(seconds)} of training, from {MEASURED_UPDATES} measured updates" if groups else "none"),
+    ]
+
+
+def _seconds(group: list[str], cells: dict[str, Cell], features: int, device: str) -> float:
+    """Training time of one stack, from the median of a few updates on random data."""
+    members = [dataclasses.replace(cells[key], dataset=0) for key in group]
+    config = members[0].train.model_copy(update={"updates": MEASURED_UPDATES, "history_points": MEASURED_UPDATES})
+    x = torch.rand(MEASURED_ROWS, features)
+    trainer = StackTrainer([dataclasses.replace(cell, train=config) for cell in members], [x], [x[:1]], device)
+    times = [time.perf_counter()]
+    for _ in trainer.run():
+        times.append(time.perf_counter())
+    steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    return statistics.median(steps[2:]) * members[0].train.updates
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _defaults(study: Study) -> str:
+    """Every setting of the study, those that it leaves to their defaults too."""
+    lines = []
+    for section in ("data", "model", "grid", "train", "evaluate"):
+        for field, value in getattr(study, section).model_dump(mode="json").items():
+            lines.append((f"{section}.{field}", "" if value is None else value))
+    return tabulate(lines, headers=("setting", "value"), tablefmt="simple", maxcolwidths=[None, 100])

@@ -1,0 +1,94 @@
+import multiprocessing
+
+import pandas as pd
+import pytest
+import torch
+
+from pipeline import artifacts
+from pipeline.artifacts import ArtifactError, CellStore
+
+
+def test_tables_keep_every_bit_and_the_text_of_ids(tmp_path):
+    table = pd.DataFrame({"cell_id": ["0012", "1e10"], "value": [0.1 + 0.2, float("nan")], "flag": [True, False]})
+    artifacts.write_table(tmp_path / "t.csv", table)
+    pd.testing.assert_frame_equal(artifacts.read_table(tmp_path / "t.csv"), table, check_dtype=False)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    artifacts.write_json(path, {"value": 1})
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ArtifactError, match="a.json: cannot be written: No space left on device"):
+        artifacts.write_json(path, {"value": 2})
+    assert artifacts.read_json(path)["value"] == 1 and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"format": 99}', "\x00"])
+def test_json_that_is_not_ours_is_refused(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"a\.json"):
+        artifacts.read_json(tmp_path / "a.json")
+
+
+def test_truncated_tensors_are_refused(tmp_path):
+    path = tmp_path / "w.safetensors"
+    artifacts.write_tensors(path, {"w": torch.rand(100)})
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ArtifactError, match=r"w\.safetensors"):
+        artifacts.read_tensors(path)
+
+
+def test_the_store_returns_what_it_keeps(tmp_path):
+    store = CellStore(tmp_path)
+    record = {"status": "finished", "history": {"update": [1, 2], "train_loss": [2.0, None]}}
+    store.save("abc", record, {"w": torch.ones(2)})
+    assert "abc" in store and "abd" not in store and list(store) == ["abc"]
+    assert store.record("abc")["status"] == "finished"
+    assert list(store.history(["abc"])["update"]) == [1, 2]
+    store.remove("abc")
+    assert "abc" not in store
+
+
+def test_checkpoints_are_found_by_their_cells(tmp_path):
+    store = CellStore(tmp_path)
+    store.save_checkpoint(["a", "b"], {"update": torch.tensor(7)})
+    assert list(store.checkpoints()) == [["a", "b"]]
+    assert store.load_checkpoint(["a", "b"])["update"] == 7 and store.load_checkpoint(["a"]) is None
+    store.remove_checkpoint(["a", "b"])
+    assert list(store.checkpoints()) == []
+
+
+def _hold(root, ready, release):
+    with CellStore(root).lock("first"):
+        ready.set()
+        release.wait(30)
+
+
+def test_a_second_writer_is_told_who_holds_the_store(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path, ready, release))
+    holder.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(ArtifactError, match=rf"is held by process {holder.pid} \(first\)"), CellStore(tmp_path).lock("second"):
+            pass
+    finally:
+        release.set()
+        holder.join(30)
+    with CellStore(tmp_path).lock("second"):
+        pass
+
+
+def test_an_experiments_copy_uses_the_main_checkouts_store(tmp_path):
+    copy = tmp_path / "project" / ".dvc" / "tmp" / "exps" / "standalone" / "tmp1"
+    copy.mkdir(parents=True)
+    assert artifacts.main_checkout(copy) == tmp_path / "project"
+    assert artifacts.main_checkout(tmp_path) == tmp_path
+
+
+def test_a_link_replaces_what_was_there(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    artifacts.link(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "a"

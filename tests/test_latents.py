@@ -1,0 +1,36 @@
+import numpy as np
+import pytest
+import torch
+
+from pipeline.latents import ablation_masks, decoder_columns, elbow
+
+
+def test_a_cancelling_column_is_seen_by_its_norms_and_not_by_its_sum():
+    weight = torch.tensor([[[1.0, -1.0, 2.0, -2.0], [0.1, 0.1, 0.1, 0.1]]])
+    columns = decoder_columns(weight, torch.ones(1, 2))
+    assert columns.column_sum[0, 0] < columns.column_sum[0, 1]
+    assert columns.column_l1[0].tolist() == pytest.approx([6.0, 0.4])
+    assert columns.column_l2[0].tolist() == pytest.approx([10**0.5, 0.2])
+    assert columns.cancels[0].tolist() == [True, False]
+
+
+def test_scaling_a_code_and_its_columns_inversely_changes_nothing():
+    weight = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor([[0.1, 1.0, 7.0]] * 2)
+    plain, scaled = decoder_columns(weight, torch.ones(2, 3)), decoder_columns(weight / scale[..., None], scale)
+    torch.testing.assert_close(plain.column_l2, scaled.column_l2)
+
+
+@pytest.mark.parametrize(
+    ("values", "used"),
+    [([3, 2.5, 0.01, 0.02], 2), ([0.01, 3, 0.02, 2.5], 2), ([1, 1.1, 0.9], 3), ([5, 0, 0], 1), ([0, 0], 0), ([2], 1)],
+)
+def test_the_elbow_stands_before_the_largest_drop(values, used):
+    assert elbow(np.array(values, dtype=float)) == used
+
+
+def test_ablation_zeroes_the_least_important_first_and_never_an_unused_lane_back_in():
+    importance = torch.tensor([[3.0, 1.0, 2.0, 9.0], [1.0, 5.0, 0.0, 9.0]])
+    masks = ablation_masks(importance, [3, 2])
+    assert masks[:, 0].tolist() == [[1, 1, 1, 0], [1, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert masks[:3, 1].tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
