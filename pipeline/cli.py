@@ -115,7 +115,7 @@ def sync() -> None:
     from pipeline import tracking
 
     settings = load_settings()
-    synced = tracking.sync(tracking.MlflowTracker(), settings.studies, settings.searches)
+    synced = tracking.sync(tracking.MlflowTracker(), settings.studies, settings.searches, tracking.load_reconstruction)
     for name, count in synced.changed.items():
         click.echo(f"{name}: {count} runs uploaded" if count else f"{name}: up to date")
     for note in synced.notes:

@@ -121,7 +121,8 @@ def _measure(stack: Measured, study: Study) -> dict[str, Rows]:
         }
         found["metrics"].append({"cell_id": stack.keys[row], **cell.row(), **measured})
         for latent in range(cell.latent_dim):
-            values = {"kl": likelihood["kl"][row, latent].item(), "mean_variance": variance[row, latent].item()}
+            kl = likelihood["kl"][row, latent].item() if cell.arm.samples else None
+            values = {"kl": kl, "mean_variance": variance[row, latent].item()}
             found["latents"].append({"cell_id": stack.keys[row], **cell.row(), "latent": latent, **values})
     found["noise"] += _noise(stack, study)
     return found

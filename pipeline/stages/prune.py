@@ -54,14 +54,18 @@ def _analyse(keys: list[str], model: StackedAutoencoder, x: Float[Tensor, "row f
     scale = torch.where(torch.tensor(samples, device=x.device)[:, None], 1.0, mu.std(dim=1))
     columns = decoder_columns(model.layers[model.depth + 1].weight.detach(), scale)
     active = variance > study.evaluate.active_threshold
-    measured = {**columns._asdict(), "kl": kl_per_latent(mu, log_variance).mean(dim=1), "mean_variance": variance}
+    # Where the arm does not sample, nothing ever trained the variance head, and a KL would mean nothing.
+    kl = kl_per_latent(mu, log_variance).mean(dim=1)
+    kl[[not sampled for sampled in samples]] = torch.nan
+    measured = {**columns._asdict(), "kl": kl, "mean_variance": variance}
     found: dict[str, Rows] = {"columns": [], "ablation": [], "summary": []}
     for row, (key, cell) in enumerate(zip(keys, model.cells, strict=True)):
         place, dim = {"cell_id": key, **cell.row()}, cell.latent_dim
         for latent in range(dim):
             values = {name: values[row, latent].item() for name, values in {**measured, "active": active}.items()}
             found["columns"].append({**place, "latent": latent, **values})
-        elbows = {f"elbow_{name}": elbow(measured[name][row, :dim].cpu().numpy()) for name in CRITERIA}
+        known = [name for name in CRITERIA if name != "kl" or cell.arm.samples]
+        elbows = {f"elbow_{name}": elbow(measured[name][row, :dim].cpu().numpy()) for name in known}
         units = {"active_units": int(active_units(variance[row : row + 1, :dim], study.evaluate.active_threshold))}
         found["summary"].append({**place, **units, **elbows, "cancelled": int(columns.cancels[row, :dim].sum())})
     for criterion in CRITERIA:
@@ -77,6 +81,6 @@ def _ablate(
     for zeroed, mask in enumerate(ablation_masks(importance, dims)):
         errors = squared_error(model.reconstruct(mu * mask[:, None]), x).mean(dim=1).tolist()
         for row, error in enumerate(errors):
-            if zeroed <= dims[row]:
+            if zeroed <= dims[row] and not importance[row].isnan().any():
                 place = {"cell_id": keys[row], **model.cells[row].row()}
                 yield {**place, "criterion": criterion, "zeroed": zeroed, "mse": error}

@@ -1,0 +1,78 @@
+"""Markdown from values: tables, pictures, escaped text, and settings in words."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pipeline.figures import number
+
+AXIS_WORDS = {"latent_dim": "latents", "l2": "λ", "sigma2": "σ²", "beta": "β"}
+
+
+def escape(text: Any) -> str:
+    """Free text that markdown shows as it is, on one line."""
+    plain = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", plain)
+
+
+def join(*parts: str) -> str:
+    """Paragraphs, without the empty ones."""
+    return "\n\n".join(part for part in parts if part)
+
+
+def bullets(sentences: Iterable[str]) -> str:
+    """A list, one sentence an item."""
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; a bar within a cell does not end it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in line) + " |" for line in lines)
+
+
+def folded(summary: str, content: str) -> str:
+    """Content that a reader opens by a click."""
+    return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
+
+
+def picture(path: str, caption: str) -> str:
+    """A picture with its caption, which is its alternative text too."""
+    alternative = re.sub(r"[\[\]`|\n]", "", caption)
+    return f"![{alternative}]({path})\n\n*{caption}*"
+
+
+def value(setting: Any) -> str:
+    """A setting's value: a short number, escaped text, or a dash where there is none."""
+    if setting is None or setting == "" or (isinstance(setting, float) and math.isnan(setting)):
+        return "–"
+    if str(setting) in ("True", "False"):
+        return str(setting).lower()
+    try:
+        return number(float(setting))
+    except (TypeError, ValueError):
+        return escape(setting)
+
+
+def values(settings: Iterable[Any]) -> str:
+    """Values with commas between them."""
+    return ", ".join(map(value, settings))
+
+
+def words(axis: str) -> str:
+    """An axis as tables call it."""
+    return AXIS_WORDS.get(axis) or escape(axis.replace("_", " "))
+
+
+def latents(count: Any) -> str:
+    """`1 latent`, `2 latents`."""
+    return f"{int(count)} latent{'s' if count != 1 else ''}"
+
+
+def count(number_of: Any) -> str:
+    """A whole number with commas at the thousands."""
+    return f"{int(number_of):,}"

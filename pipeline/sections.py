@@ -1,0 +1,560 @@
+"""Sections of the report: what the tables of one study, or of one search, say in sentences, tables and figures.
+
+Every verdict is computed from an interval over seeds. A study without an analysis (no noise, no known dimension) has no such
+section.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from pipeline import artifacts, claims, config, figures, grid
+from pipeline import markdown as md
+
+REPORTS = Path("reports")
+TRUTH = "manifold_dim"
+METRICS = {
+    "test/reconstruction": "reconstruction (nats)",
+    "test/mse": "squared error",
+    "test/kl": "KL (nats)",
+    "test/active_units": "active units",
+    "test/knn_accuracy": "k-NN accuracy",
+}
+COUNTS = {
+    "active_units": "active units",
+    "elbow_column_sum": "elbow of |column sum|",
+    "elbow_column_l2": "elbow of L2 norm",
+    "elbow_kl": "elbow of KL",
+}
+LONGEST_TABLE = 16
+MOST_SERIES = 3
+SAME_ERROR = 1.05
+CANCELLING = (
+    "Columns are those of the first decoder layer, one for each latent dimension. A column's sum *cancels* where it is below a "
+    "tenth of the column's L1 norm: the criterion of the column sum then takes a used dimension for an unused one."
+)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study and every table that its stages wrote."""
+
+    name: str
+    study: config.Study
+    describe: dict[str, Any]
+    about: dict[str, Any]
+    manifest: pd.DataFrame
+    history: pd.DataFrame
+    metrics: pd.DataFrame
+    noise: pd.DataFrame
+    pca: pd.DataFrame
+    paired: pd.DataFrame
+    best: pd.DataFrame
+    columns: pd.DataFrame
+    ablation: pd.DataFrame
+    counts: pd.DataFrame
+
+    @property
+    def axes(self) -> list[str]:
+        """Columns that, beside arm and β, tell settings apart."""
+        return [*self.study.data.axes, *(axis for axis in grid.AXES if axis != "beta")]
+
+
+@dataclass(frozen=True)
+class SearchResults:
+    """A search and its tables."""
+
+    name: str
+    search: config.Search
+    about: dict[str, Any]
+    trials: pd.DataFrame
+
+
+def load_study(name: str) -> Results:
+    """Reads a study's config and tables. Raises ArtifactError where one is missing."""
+    folders = artifacts.Folders(name)
+    paths = {key: folders.evaluate / f"{key}.csv" for key in ("metrics", "noise", "pca", "paired", "best")}
+    paths |= {key: folders.prune / f"{key}.csv" for key in ("columns", "ablation")} | {"counts": folders.prune / "summary.csv"}
+    paths |= {key: folders.train / f"{key}.csv" for key in ("manifest", "history")}
+    return Results(
+        name=name,
+        study=config.load_study(name),
+        describe=artifacts.read_json(folders.prepared / "describe.json"),
+        about=artifacts.read_json(folders.train / "about.json"),
+        **{key: _without_false_kl(artifacts.read_table(path)) for key, path in paths.items()},
+    )
+
+
+def _without_false_kl(table: pd.DataFrame) -> pd.DataFrame:
+    """A deterministic arm's untrained variances give a number that is no KL: it is left out."""
+    if table.empty or "arm" not in table:
+        return table
+    deterministic = ~table["arm"].map(lambda arm: config.ARMS[arm].samples).astype(bool)
+    if "criterion" in table:
+        return table[~deterministic | (table["criterion"] != "kl")]
+    of_kl = [column for column in ("kl", "elbow_kl", "test/kl") if column in table]
+    return table.assign(**{column: table[column].astype(float).mask(deterministic) for column in of_kl})
+
+
+def load_search(name: str) -> SearchResults:
+    """Reads a search's config and tables. Raises ArtifactError where one is missing."""
+    folder = artifacts.Folders(name).search
+    about = artifacts.read_json(folder / "about.json")
+    return SearchResults(name, config.load_search(name), about, artifacts.read_table(folder / "trials.csv"))
+
+
+def figure(name: str, picture: Figure, caption: str) -> str:
+    """Saves a figure of the report and shows it."""
+    figures.save(picture, REPORTS / "figures" / f"{name}.png")
+    return md.picture(f"figures/{name}.png", caption)
+
+
+def study_section(results: Results, searches: Sequence[SearchResults]) -> str:
+    """All that is known about one study."""
+    front = next((search for search in searches if search.search.study == results.name), None)
+    return md.join(
+        f"## {results.name}",
+        f"**{md.escape(results.study.title)}**",
+        _grid_in_words(results),
+        _metrics_section(results),
+        _rate_section(results, front),
+        _plane_section(results),
+        _noise_section(results),
+        _prune_section(results),
+    )
+
+
+def headlines(results: Results) -> list[str]:
+    """For each kind of analysis one sentence: how often which verdict was reached, over all settings."""
+    found = [_clean_headline(results), _noise_headline(results), *_count_headlines(results)]
+    return [f"`{results.name}`: {sentence}" for sentence in found if sentence]
+
+
+# The grid and its metrics
+
+
+def _grid_in_words(results: Results) -> str:
+    study, axes = results.study, results.study.grid
+    arms = " and ".join(_arm_in_words(name, arm) for name, arm in axes.arms.items())
+    data = [f"{md.words(key)} {md.value(option)}" for key, option in study.data.options.items()]
+    data += [f"{md.words(axis)} {md.values(points)}" for axis, points in study.data.axes.items()]
+    widths = "-".join(map(str, [results.describe["features"], *study.model.hidden]))
+    variance = f"; σ² {md.values(axes.sigma2)}" if study.model.likelihood == "gaussian" else ""
+    return (
+        f"*Grid:* {arms}; latent dimension {md.values(axes.latent_dim)}; λ {md.values(axes.l2)}{variance}; "
+        f"{len(axes.seed)} seeds. *Data:* {'; '.join([f'`{study.data.name}`', *data])}. *Network:* {widths}-latent and its "
+        f"mirror image, {study.model.activation}, {study.model.likelihood.capitalize()} likelihood. {_training_in_words(study)}"
+    )
+
+
+def _arm_in_words(name: str, arm: config.ArmAxes) -> str:
+    label = figures.arm_label(name)
+    return f"{label} with β {md.values(arm.beta)}" if config.ARMS[name].penalty != "none" else label
+
+
+def _training_in_words(study: config.Study) -> str:
+    train = study.train
+    schedules = {"learning rate": train.learning_rate_schedule, "β": train.beta_schedule}
+    moving = "".join(
+        f"; {what} {s.kind}, × {s.start:g} to × {s.end:g}" for what, s in schedules.items() if s.kind != "constant"
+    )
+    rate = md.values(study.grid.learning_rate)
+    return f"*Training:* {md.count(train.updates)} updates of {train.batch_size} samples, Adam at {rate}{moving}."
+
+
+def _metrics_section(results: Results) -> str:
+    if results.metrics.empty:
+        return "No cell was evaluated: all of them diverged or are missing."
+    known = [metric for metric in METRICS if metric in results.metrics and results.metrics[metric].notna().any()]
+    axes = [axis for axis in results.axes if results.metrics[axis].nunique(dropna=False) > 1]
+    summary = claims.summarise(results.metrics, [*axes, "arm", "beta"], known)
+    summary = summary.sort_values(axes, kind="stable") if axes else summary
+    full, notes = _metrics_table(results, summary, axes, known), _metrics_notes(summary)
+    if len(summary) <= LONGEST_TABLE or "l2" not in axes:
+        return md.join("### Metrics", full, notes)
+    least = summary[summary["l2"] == summary["l2"].min()]
+    short = _metrics_table(results, least, [axis for axis in axes if axis != "l2"], known)
+    intro = f"At the smallest λ, {md.value(least['l2'].iloc[0])}:"
+    return md.join("### Metrics", intro, short, notes, md.folded(f"All {len(summary)} settings", full))
+
+
+def _metrics_table(results: Results, summary: pd.DataFrame, axes: list[str], metrics: list[str]) -> str:
+    rows = []
+    for _, row in summary.iterrows():
+        label = figures.arm_label(row["arm"], row["beta"])
+        label += f" †{row['unconverged']}" if row["unconverged"] else ""
+        label += f" ({row['cells']} seeds)" if row["cells"] < len(results.study.grid.seed) else ""
+        rows.append([label, *(md.value(row[axis]) for axis in axes), *(_mean(row, metric) for metric in metrics)])
+    return md.table(["arm", *map(md.words, axes), *(METRICS[metric] for metric in metrics)], rows)
+
+
+def _metrics_notes(summary: pd.DataFrame) -> str:
+    notes = (
+        "On the test set. Reconstruction is at a sampled code where the arm samples; squared error is per dimension, at the "
+        "code's mean."
+    )
+    return notes + (" †n: n of the setting's cells are unconverged." if summary["unconverged"].any() else "")
+
+
+def _clean_headline(results: Results) -> str:
+    if results.metrics.empty:
+        return ""
+    paired = claims.paired_table(results.metrics, results.axes, "test/mse")
+    return _tally(paired[paired["arm"] == "vae"], "squared error on clean inputs")
+
+
+def _tally(paired: pd.DataFrame, where: str) -> str:
+    if paired.empty:
+        return ""
+    verdicts = [claims.verdict(_difference(row)) for _, row in paired.iterrows()]
+    beats, loses = verdicts.count("beats"), verdicts.count("loses to")
+    return (
+        f"in {where}, the VAE beats the plain AE of the same seed in {beats} of {len(verdicts)} comparisons, loses to it in "
+        f"{loses}, and does not measurably differ in {len(verdicts) - beats - loses}."
+    )
+
+
+# Rate and distortion
+
+
+def _rate_section(results: Results, front: SearchResults | None) -> str:
+    table, fixed = _slice(results, results.metrics, keep=("latent_dim", "l2"))
+    penalised = table[table["arm"] != claims.CONTROL] if len(table) else table
+    if penalised.empty or penalised.groupby("arm")["beta"].nunique().max() < 2:
+        return ""
+    summary = claims.summarise(table, ["arm", "latent_dim", "beta", "l2"], ["test/reconstruction", "test/mse", "test/kl"])
+    findings = [*_weight_findings(table, "beta"), *_weight_findings(table, "l2"), *_collapse_findings(table)]
+    return md.join("### Rate and distortion", _note(fixed), md.bullets(findings), _rate_figure(results, summary, front))
+
+
+def _rate_figure(results: Results, summary: pd.DataFrame, front: SearchResults | None) -> str:
+    if summary["l2"].nunique() > 2:
+        picture = figures.heat_map(summary, {"test/mse": "Squared error", "test/kl": "KL (nats)"})
+        caption = "Squared error per dimension and KL over β and λ, means over seeds; the column AE is the plain AE."
+        return figure(f"{results.name}-beta-lambda", picture, caption)
+    trials = None
+    caption = "KL against reconstruction on the test set, with 95% intervals over seeds; the level line is the plain AE."
+    if front is not None and front.search.latent_dim in set(summary["latent_dim"]):
+        trials = front.trials.dropna(subset=["rate", "distortion"]).assign(latent_dim=front.search.latent_dim)
+        caption += (
+            f" Grey: the trials of `{front.name}` (validation set, one seed, {md.count(front.search.train.updates)} updates)."
+        )
+    return figure(f"{results.name}-rate-distortion", figures.rate_distortion(summary, trials), caption)
+
+
+def _weight_findings(table: pd.DataFrame, weight: str) -> list[str]:
+    """What raising β or λ from its smallest to its largest value does, seed by seed, with the other at its smallest."""
+    other = {"beta": "l2", "l2": "beta"}[weight]
+    found = []
+    for latent_dim, group in table[table["arm"] == "vae"].groupby("latent_dim"):
+        group = group[group[other] == group[other].min()]
+        low, high = group[weight].min(), group[weight].max()
+        if low < high:
+            setting = f"VAE, {md.latents(latent_dim)}, {md.words(other)} = {md.value(group[other].iloc[0])}"
+            changes = " and ".join(_change(group, weight, metric) for metric in ("test/kl", "test/reconstruction"))
+            found.append(f"{setting}: raising {md.words(weight)} from {md.value(low)} to {md.value(high)} {changes}.")
+    return found
+
+
+def _change(group: pd.DataFrame, weight: str, metric: str) -> str:
+    by_seed = [
+        group[group[weight] == edge].groupby("seed")[metric].mean() for edge in (group[weight].max(), group[weight].min())
+    ]
+    difference = claims.paired_difference(*by_seed)
+    name = {"test/kl": "the KL", "test/reconstruction": "the reconstruction term"}[metric]
+    return f"{claims.change(difference)} {name} ({claims.with_bounds(difference)} nats)"
+
+
+def _collapse_findings(table: pd.DataFrame) -> list[str]:
+    """From which λ on a VAE has no active unit in any seed."""
+    found = []
+    for latent_dim, group in table[table["arm"] == "vae"].groupby("latent_dim"):
+        starts = {beta: _collapse(cells) for beta, cells in group.groupby("beta")}
+        told = [f"from λ = {md.value(start)} on at β = {md.value(beta)}" for beta, start in starts.items() if start is not None]
+        if told:
+            found.append(f"VAE, {md.latents(latent_dim)}: no unit is active in any seed {', '.join(told)}.")
+    return found
+
+
+def _collapse(cells: pd.DataFrame) -> float | None:
+    most = cells.groupby("l2")["test/active_units"].max()
+    alive = most[most > 0].index.max() if (most > 0).any() else -math.inf
+    dead = most.index[most.index > alive]
+    return dead.min() if len(dead) else None
+
+
+def _plane_section(results: Results) -> str:
+    """Input, code and reconstruction of the VAE that is best on validation, for data of two dimensions."""
+    best = results.best
+    best = best[best["arm"] == "vae"] if len(best) else best
+    if results.describe["features"] != 2 or results.describe["image_shape"] or best.empty:
+        return ""
+    row = best.sort_values("latent_dim", kind="stable").iloc[-1]
+    path = artifacts.Folders(results.name).evaluate / "codes" / f"{row['cell_id']}.safetensors"
+    tensors = {name: tensor.numpy() for name, tensor in artifacts.read_tensors(path).items()}
+    rows = min(len(tensors["x"]), len(tensors["codes"]), len(tensors["reconstructions"]))
+    picture = figures.plane(*(tensors[name][:rows] for name in ("x", "codes", "reconstructions")))
+    setting = "".join(f", {md.words(axis)} = {md.value(row[axis])}" for axis in ("beta", "l2") if axis in row)
+    best_one = f"the VAE with {md.latents(row['latent_dim'])}{setting}, which is best on validation"
+    caption = f"Test points, their codes and reconstructions, coloured by the input's quadrant: {best_one}."
+    return md.join("### Input, code and reconstruction", figure(f"{results.name}-plane", picture, caption))
+
+
+# Robustness
+
+
+def _noise_section(results: Results) -> str:
+    if results.noise.empty:
+        return ""
+    noise, fixed = _slice(results, results.noise)
+    pca = _slice(results, results.pca)[0] if len(results.pca) else None
+    summary = claims.summarise(noise, ["noise", "level", "latent_dim", "arm", "beta"], ["mse_clean"])
+    picture = figures.robustness(summary, None if pca is None else pca.dropna(subset=["noise"]))
+    caption = (
+        "Squared error against the clean input over noise level, with 95% bands over seeds; dashed: PCA of as many dimensions."
+    )
+    return md.join(
+        "### Robustness against the plain AE",
+        _note(fixed),
+        figure(f"{results.name}-robustness", picture, caption),
+        _paired_part(results),
+        _pca_part(results, noise, pca),
+    )
+
+
+def _paired_part(results: Results) -> str:
+    paired = _slice(results, _corrupted(results))[0]
+    if paired.empty:
+        return "There is no plain AE to compare with."
+    rows = []
+    for (kind, latent_dim, arm, beta), group in paired.groupby(
+        ["noise", "latent_dim", "arm", "beta"], sort=False, dropna=False
+    ):
+        strongest = group.sort_values("level").iloc[-1]
+        there = f"{md.value(strongest['level'])}: {claims.with_bounds(_difference(strongest))}"
+        rows.append([_noise(kind), md.value(latent_dim), figures.arm_label(arm, beta), _verdicts_by_level(group), there])
+    caption = "Error minus that of the plain AE with the same latent dimension, λ and seed, with 95% intervals over seeds."
+    picture = figure(f"{results.name}-paired", figures.paired_differences(paired), caption)
+    header = ["noise", "latents", "arm", "against the plain AE, by noise level", "difference at the strongest level"]
+    return md.join(picture, md.table(header, rows))
+
+
+def _corrupted(results: Results) -> pd.DataFrame:
+    return results.paired[results.paired["noise"] != "clean"] if len(results.paired) else results.paired
+
+
+def _verdicts_by_level(group: pd.DataFrame) -> str:
+    levels: dict[str, list[str]] = {}
+    for _, row in group.sort_values("level").iterrows():
+        levels.setdefault(claims.verdict(_difference(row)), []).append(md.value(row["level"]))
+    return "; ".join(f"{word.removesuffix(' from').removesuffix(' to')} at {', '.join(at)}" for word, at in levels.items())
+
+
+def _pca_part(results: Results, noise: pd.DataFrame, pca: pd.DataFrame | None) -> str:
+    """PCA beside the arms: on clean inputs, and at the strongest level of each kind of noise."""
+    if pca is None or pca.empty:
+        return ""
+    strongest = noise[noise.groupby("noise")["level"].transform("max") == noise["level"]]
+    clean = _slice(results, results.metrics)[0].assign(noise="clean", level=0.0).rename(columns={"test/mse": "mse_clean"})
+    by = ["noise", "level", "latent_dim", "arm", "beta"]
+    summary = claims.summarise(pd.concat([clean, strongest])[[*by, "seed", "mse_clean"]], by, ["mse_clean"])
+    summary["label"] = [figures.arm_label(arm, beta) for arm, beta in zip(summary["arm"], summary["beta"], strict=True)]
+    labels = list(dict.fromkeys(summary["label"]))[:5]
+    reference = pca.assign(noise=pca["noise"].fillna("clean"), level=pca["level"].fillna(0.0))
+    rows = [_pca_row(key, group, labels, reference) for key, group in summary.groupby(by[:3], sort=False)]
+    intro = "Squared error against the clean input, beside PCA of the same dimension (which has no seeds):"
+    return md.join(intro, md.table(["noise, level", "latents", "PCA", *labels], rows), _neighbour_sentence(pca))
+
+
+def _pca_row(key: tuple, group: pd.DataFrame, labels: list[str], reference: pd.DataFrame) -> list[str]:
+    kind, level, latent_dim = key
+    of_label = {row["label"]: _mean(row, "mse_clean") for _, row in group.iterrows()}
+    same = (reference["noise"] == kind) & (reference["level"] == level) & (reference["latent_dim"] == latent_dim)
+    error = claims.plain(reference[same]["mse_clean"].iloc[0]) if same.any() else "–"
+    where = "clean" if kind == "clean" else f"{_noise(kind)}, {md.value(level)}"
+    return [where, md.value(latent_dim), error, *(of_label.get(label, "–") for label in labels)]
+
+
+def _neighbour_sentence(pca: pd.DataFrame) -> str:
+    known = pca.dropna(subset=["knn_accuracy"]) if "knn_accuracy" in pca else pca.iloc[:0]
+    if known.empty:
+        return ""
+    of_codes = ", ".join(
+        f"{claims.plain(row['knn_accuracy'])} ({md.latents(row['latent_dim'])})" for _, row in known.iterrows()
+    )
+    raw = claims.plain(known["raw_knn_accuracy"].iloc[0])
+    return f"k-NN accuracy, for comparison: PCA's codes {of_codes}; the raw inputs {raw}."
+
+
+def _noise_headline(results: Results) -> str:
+    paired = _corrupted(results)
+    paired = paired[(paired["arm"] == "vae") & (paired["level"] > 0)] if len(paired) else paired
+    return _tally(paired, "squared error on corrupted inputs")
+
+
+# Pruning
+
+
+def _prune_section(results: Results) -> str:
+    if results.counts.empty or results.columns.empty:
+        return ""
+    heading = md.join("### Which latent dimensions are used", CANCELLING)
+    cancelled = [_cancel_sentence(*item) for item in _by_arm(results.columns)]
+    if TRUTH not in results.counts:
+        return md.join(heading, md.bullets(cancelled))
+    tables = [
+        _few_series(*_slice(results, t, keep=("latent_dim", TRUTH)))
+        for t in (results.columns, results.counts, results.ablation)
+    ]
+    columns, counts, ablation = (table for table, _ in tables)
+    return md.join(
+        heading,
+        _note(tables[0][1]),
+        md.bullets([*_ablation_findings(ablation), *cancelled]),
+        _prune_figures(results.name, columns, counts, ablation),
+        _counts_table(counts),
+    )
+
+
+def _few_series(table: pd.DataFrame, fixed: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """With many arms and β, only the β nearest to 1 of each arm."""
+    if table[["arm", "beta"]].drop_duplicates().shape[0] <= MOST_SERIES:
+        return table, fixed
+    distance = table["beta"].astype(float).map(lambda beta: 0.0 if math.isnan(beta) else abs(math.log(max(beta, 1e-12))))
+    return table[distance == distance.groupby(table["arm"]).transform("min")], [*fixed, "the β nearest to 1 of each arm"]
+
+
+def _prune_figures(name: str, columns: pd.DataFrame, counts: pd.DataFrame, ablation: pd.DataFrame) -> str:
+    summary = claims.summarise(counts, ["arm", "beta", TRUTH], list(COUNTS))
+    curves = claims.summarise(ablation, ["arm", "beta", "latent_dim", TRUTH, "criterion", "zeroed"], ["mse"])
+    used = "Dimensions counted as used against the true dimension of the data, with 95% intervals over seeds."
+    scree = "Columns of the first decoder layer, and what each dimension carries, sorted within each cell; means over seeds."
+    zeroed = "Squared error as dimensions are zeroed in each criterion's order, with 95% bands; ring: the true number is left."
+    return md.join(
+        figure(f"{name}-dimensions", figures.used_dimensions(summary, TRUTH, COUNTS), used),
+        figure(f"{name}-scree", figures.scree(columns, TRUTH), scree),
+        figure(f"{name}-ablation", figures.ablation(curves, TRUTH), zeroed),
+    )
+
+
+def _counts_table(counts: pd.DataFrame) -> str:
+    measures = {**COUNTS, "cancelled": "cancelling columns"}
+    summary = claims.summarise(counts, ["arm", "beta", TRUTH], list(measures))
+    rows = [
+        [figures.arm_label(row["arm"], row["beta"]), md.value(row[TRUTH]), *(_mean(row, measure) for measure in measures)]
+        for _, row in summary.iterrows()
+    ]
+    return md.table(["arm", "true dimension", *measures.values()], rows)
+
+
+def _ablation_findings(ablation: pd.DataFrame) -> list[str]:
+    """How often zeroing all but the true number of dimensions leaves the error as it was."""
+    found = []
+    for label, rows in _by_arm(ablation):
+        kept = [
+            f"{_kept(group)} by {figures.CRITERIA.get(name, name)}" for name, group in rows.groupby("criterion", sort=False)
+        ]
+        found.append(
+            f"{label}: with only the true number of dimensions kept, the error grows by at most 5% in {', '.join(kept)}."
+        )
+    return found
+
+
+def _kept(group: pd.DataFrame) -> str:
+    whole = group[group["zeroed"] == 0].set_index("cell_id")["mse"]
+    pruned = group[group["zeroed"] == group["latent_dim"] - group[TRUTH]].set_index("cell_id")["mse"]
+    return f"{int((pruned <= SAME_ERROR * whole.reindex(pruned.index)).sum())} of {len(pruned)} cells"
+
+
+def _cancel_sentence(label: str, columns: pd.DataFrame) -> str:
+    cancels, active = columns["cancels"].astype(bool), columns["active"].astype(bool)
+    counts = f"{md.count(cancels.sum())} of {md.count(len(columns))} columns"
+    return f"{label}: the column sum cancels in {counts}, {md.count((cancels & active).sum())} of them of active units."
+
+
+def _count_headlines(results: Results) -> list[str]:
+    if results.counts.empty or TRUTH not in results.counts:
+        return []
+    found = []
+    for label, rows in _by_arm(results.counts):
+        hits = [f"{name} in {int((rows[m] == rows[TRUTH]).sum())}" for m, name in COUNTS.items() if rows[m].notna().any()]
+        found.append(f"{label}: of {len(rows)} cells, the true dimension is told by {', '.join(hits)}.")
+    return found
+
+
+# Search
+
+
+def search_section(results: SearchResults) -> str:
+    """All that is known about one search."""
+    search, finished = results.search, results.trials.dropna(subset=["rate", "distortion"])
+    heading = md.join(f"## {results.name}", f"**{md.escape(search.title)}**", _search_in_words(results, len(finished)))
+    if finished.empty:
+        return md.join(heading, "No trial finished, so there is no front.")
+    front = finished[finished["on_front"].astype(bool)].sort_values("rate")
+    caption = "Validation KL against validation reconstruction of every finished trial, coloured by β, and the Pareto front."
+    return md.join(heading, figure(f"{results.name}-front", figures.search_front(finished), caption), _front_table(front))
+
+
+def _search_in_words(results: SearchResults, finished: int) -> str:
+    search, failed = results.search, int((results.trials["state"] == "failed").sum())
+    return (
+        f"{finished} of {search.trials} wanted trials finished, {failed} failed. Each trained {md.latents(search.latent_dim)} "
+        f"for {md.count(search.train.updates)} updates on the data and network of `{search.study}`, with one seed, so without "
+        f"intervals. Sampler: {md.escape(results.about.get('sampler', search.sampler.kind))}. Rate and distortion are the "
+        f"validation set's."
+    )
+
+
+def _front_table(front: pd.DataFrame) -> str:
+    step = max(1, math.ceil(len(front) / 10))
+    columns = {"beta": "β", "l2": "λ", "rate": "KL (nats)", "distortion": "reconstruction (nats)"}
+    rows = [[claims.plain(float(row[column])) for column in columns] for _, row in front.iloc[::step].iterrows()]
+    every = "" if step == 1 else f" (one in {step} of its {len(front)} trials)"
+    return md.join(f"The front, by rising rate{every}:", md.table(list(columns.values()), rows))
+
+
+# Shared parts
+
+
+def _slice(results: Results, table: pd.DataFrame, keep: Sequence[str] = ("latent_dim",)) -> tuple[pd.DataFrame, list[str]]:
+    """Fixes every axis not in `keep` at its smallest or first value, so that a line is one setting; says what was fixed."""
+    fixed = []
+    for axis in results.axes:
+        if axis in keep or axis not in table or table[axis].nunique() < 2:
+            continue
+        known = table[axis].dropna()
+        first = known.min() if pd.api.types.is_numeric_dtype(known) else known.iloc[0]
+        table = table[table[axis] == first]
+        fixed.append(f"{md.words(axis)} = {md.value(first)}")
+    return table, fixed
+
+
+def _by_arm(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
+    for (arm, beta), rows in table.groupby(["arm", "beta"], dropna=False, sort=False):
+        yield figures.arm_label(arm, beta), rows
+
+
+def _difference(row: pd.Series) -> claims.Interval:
+    return claims.Interval(row["difference"], row["low"], row["high"], int(row["seeds"]))
+
+
+def _mean(row: pd.Series, metric: str) -> str:
+    return claims.with_half_width(
+        claims.Interval(row[metric], row[f"{metric} low"], row[f"{metric} high"], row.get("cells", 0))
+    )
+
+
+def _noise(kind: str) -> str:
+    return md.escape(figures.NOISE_LABELS.get(kind, kind))
+
+
+def _note(fixed: list[str]) -> str:
+    return f"This section is about {', '.join(fixed)}; the tables in `runs/` have the rest." if fixed else ""

@@ -1,0 +1,684 @@
+"""MLflow as a copy of what is on disk: one experiment a study, one parent run, one run a cell, nothing logged twice.
+
+This is the only module that imports mlflow, and it does so inside functions, because the import takes seconds.
+
+A run that is still RUNNING was cut off while it was written: the next `publish` completes it. A finished run says in its
+`version.*` tags what it holds; they are written after what they speak of, so that a cut-off update is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import socket
+import sys
+import tempfile
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from urllib.parse import urlsplit
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from pipeline.artifacts import ArtifactError, Folders, main_checkout, read_json, read_table, read_tensors, sha256
+from pipeline.config import CONFIG_FOLDER, Scalar, VaesweepError, load_study
+from pipeline.model import Autoencoder
+
+KEY = "run_key"
+PARENT = "parent"
+WRITING = "RUNNING"
+
+SECONDS_TO_ANSWER = 5.0
+REQUEST_TIMEOUT = "10"
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+POINTS_A_CALL = 800  # MLflow takes 1,000 metrics, params and tags in one call; beyond, it would write the tags first
+
+Reconstruction = tuple[nn.Module, Tensor]
+"""A module from x to its reconstruction at z = μ, made of torch's own modules alone, and an example of x."""
+
+
+class TrackingError(VaesweepError):
+    """A tracking store that cannot be reached or refuses; what is on disk is whole, and `vaesweep sync` uploads it later."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run shows: one trained cell, or one trial of a search.
+
+    `curves` has a column `update` and one column a curve; `metrics` are final values, which stand at update `step`;
+    `artifacts` maps a folder of the run to the local file or folder that is copied into it.
+    """
+
+    key: str
+    name: str
+    params: Mapping[str, Scalar] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    curves: pd.DataFrame | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    step: int = 0
+    artifacts: Mapping[str, Path] = field(default_factory=dict)
+    model: Callable[[], Reconstruction] | None = None
+    status: Literal["finished", "diverged", "failed"] = "finished"
+
+
+@dataclass(frozen=True)
+class ParentRecord:
+    """What the parent run of a study or a search shows. It has no params: those are immutable, and a study's file is not."""
+
+    name: str
+    title: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    artifacts: Mapping[str, Path] = field(default_factory=dict)
+
+    def as_run(self) -> RunRecord:
+        """The parent as a run like any other."""
+        return RunRecord(PARENT, self.name, {}, {**self.tags, "mlflow.note.content": self.title}, artifacts=self.artifacts)
+
+
+class Point(NamedTuple):
+    """One value of a metric; a store keeps equal points once."""
+
+    name: str
+    value: float
+    step: int
+    timestamp: int
+
+
+@dataclass
+class StoredRun:
+    """What a store says that it holds of a run; `metrics` are the latest values, `started` is in milliseconds."""
+
+    id: str
+    name: str
+    started: int
+    status: str = WRITING
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a stored run lacks."""
+
+    params: dict[str, str]
+    points: list[Point]
+    tags: dict[str, str]
+    artifacts: dict[str, Path]
+    model: Callable[[], Reconstruction] | None
+    status: str | None
+
+    def __bool__(self) -> bool:
+        return any((self.params, self.points, self.tags, self.artifacts, self.model, self.status))
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Where runs are shown."""
+
+    def publish(self, experiment: str, parent: ParentRecord, records: Iterable[RunRecord]) -> int:
+        """Brings a store up to date with the records, below one parent run; says how many of them it wrote or changed."""
+        ...
+
+
+class _Publisher(ABC):
+    """The one way to publish, over a store that can open an experiment, create a run, and write to it."""
+
+    def publish(self, experiment: str, parent: ParentRecord, records: Iterable[RunRecord]) -> int:
+        with self._session():
+            experiment_id, runs = self._open(experiment)
+            self._put(experiment_id, runs, parent.as_run())
+            below = {"mlflow.parentRunId": runs[PARENT].id}
+            return sum(self._put(experiment_id, runs, replace(record, tags={**record.tags, **below})) for record in records)
+
+    def _put(self, experiment_id: str, runs: dict[str, StoredRun], record: RunRecord) -> bool:
+        record = replace(record, tags={**record.tags, KEY: record.key})
+        if record.key not in runs:
+            runs[record.key] = self._create(experiment_id, record.name, {**record.tags, **_versions(record), **_origin()})
+        run = runs[record.key]
+        change = _difference(record, run)
+        if change:
+            self._write(experiment_id, run, change)
+            _absorb(run, change)
+        return bool(change)
+
+    @abstractmethod
+    def _session(self) -> contextlib.AbstractContextManager[None]: ...
+
+    @abstractmethod
+    def _open(self, experiment: str) -> tuple[str, dict[str, StoredRun]]: ...
+
+    @abstractmethod
+    def _create(self, experiment_id: str, name: str, tags: dict[str, str]) -> StoredRun: ...
+
+    @abstractmethod
+    def _write(self, experiment_id: str, run: StoredRun, change: Change) -> None:
+        """Writes artifacts first, then points, then tags, then the status."""
+
+
+def _difference(record: RunRecord, run: StoredRun) -> Change:
+    versions = _versions(record)
+    held = {} if run.status == WRITING else run.tags
+    stale = {name.removeprefix("version.") for name, version in versions.items() if held.get(name) != version}
+    tags = {name: value for name, value in {**record.tags, **versions}.items() if run.tags.get(name) != value}
+    status = "FINISHED" if record.status == "finished" else "FAILED"
+    return Change(
+        params={name: _text(value) for name, value in record.params.items() if name not in run.params},
+        points=[*_curve_points(record, run, "curves" in stale), *_final_points(record, run, "metrics" in stale)],
+        tags=tags,
+        artifacts={path: source for path, source in record.artifacts.items() if path in stale},
+        model=record.model if "model" in stale else None,
+        status=status if run.status != status else None,
+    )
+
+
+def _versions(record: RunRecord) -> dict[str, str]:
+    """A tag for each part of a run. Curves have one version only: steps logged twice would be kept twice."""
+    found = {f"version.{path}": _fingerprint(source) for path, source in record.artifacts.items()}
+    if record.curves is not None:
+        found["version.curves"] = "1"
+    if metrics := _finite(record.metrics):
+        found["version.metrics"] = _hash(json.dumps(metrics, sort_keys=True))
+    if record.model is not None:
+        found["version.model"] = found.get("version.weights", "1")
+    return found
+
+
+def _fingerprint(path: Path) -> str:
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return _hash(json.dumps([(str(file.relative_to(path.parent)), sha256(file)) for file in files]))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _curve_points(record: RunRecord, run: StoredRun, wanted: bool) -> Iterator[Point]:
+    """Points whose time follows from the run and the update, so that writing them again adds nothing."""
+    if record.curves is None or not wanted:
+        return
+    updates = [int(update) for update in record.curves["update"]]
+    for name in record.curves.columns.drop("update"):
+        for update, value in zip(updates, record.curves[name].tolist(), strict=True):
+            if math.isfinite(value):
+                yield Point(name, value, update, run.started + update)
+
+
+def _final_points(record: RunRecord, run: StoredRun, wanted: bool) -> Iterator[Point]:
+    """Of two points at one step, stores call the later one the latest: so a new evaluation replaces an old one."""
+    now = time.time_ns() // 1_000_000
+    for name, value in _finite(record.metrics).items():
+        if wanted and run.metrics.get(name) != value:
+            yield Point(name, value, record.step, now)
+
+
+def _absorb(run: StoredRun, change: Change) -> None:
+    run.params |= change.params
+    run.tags |= change.tags
+    for point in sorted(change.points, key=lambda point: (point.step, point.timestamp)):
+        run.metrics[point.name] = point.value
+    run.status = change.status or run.status
+
+
+def _text(value: Scalar) -> str:
+    """`1`, `1.0` and `1e0` are one value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+class MemoryTracker(_Publisher):
+    """Keeps runs in dictionaries: `runs[experiment][key]`, and by run id its points, artifacts and model."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, dict[str, StoredRun]] = {}
+        self.points: dict[str, set[Point]] = {}
+        self.artifacts: dict[str, dict[str, Path]] = {}
+        self.models: dict[str, Reconstruction] = {}
+
+    def _session(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def _open(self, experiment: str) -> tuple[str, dict[str, StoredRun]]:
+        return experiment, self.runs.setdefault(experiment, {})
+
+    def _create(self, experiment_id: str, name: str, tags: dict[str, str]) -> StoredRun:
+        run = StoredRun(str(len(self.points)), name, time.time_ns() // 1_000_000, tags=dict(tags))
+        self.points[run.id], self.artifacts[run.id] = set(), {}
+        return run
+
+    def _write(self, experiment_id: str, run: StoredRun, change: Change) -> None:
+        self.artifacts[run.id] |= change.artifacts
+        if change.model is not None:
+            self.models[run.id] = change.model()
+        self.points[run.id] |= set(change.points)
+
+
+class MlflowTracker(_Publisher):
+    """Keeps runs in an MLflow store; by default in `mlflow.db` and `mlartifacts/` of the main checkout."""
+
+    def __init__(self, uri: str | None = None):
+        self.uri = uri or tracking_uri()
+        self._client: Any = None
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[None]:
+        with _one_line_errors(self.uri), _one_writer(self.uri):
+            self._client = self._client or _connect(self.uri)
+            yield
+
+    def _open(self, experiment: str) -> tuple[str, dict[str, StoredRun]]:
+        found = self._client.get_experiment_by_name(experiment)
+        if found is None:
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # or the UI asks which of its views to show
+            return self._client.create_experiment(experiment, _artifact_location(self.uri, experiment), kind), {}
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        runs = map(_stored, self._search(found.experiment_id))
+        return found.experiment_id, {run.tags[KEY]: run for run in runs if KEY in run.tags}
+
+    def _search(self, experiment_id: str) -> Iterator[Any]:
+        token = None
+        while token != "":
+            page = self._client.search_runs([experiment_id], max_results=1000, page_token=token)
+            yield from page
+            token = page.token or ""
+
+    def _create(self, experiment_id: str, name: str, tags: dict[str, str]) -> StoredRun:
+        return _stored(self._client.create_run(experiment_id, tags=tags, run_name=name))
+
+    def _write(self, experiment_id: str, run: StoredRun, change: Change) -> None:
+        for path, source in change.artifacts.items():
+            log = self._client.log_artifacts if source.is_dir() else self._client.log_artifact
+            log(run.id, str(source), path)
+        if change.model is not None:
+            self._log_model(experiment_id, run.id, {**run.params, **change.params}, *change.model())
+        self._log_batches(run, change)
+        if change.status:
+            self._client.set_terminated(run.id, change.status)
+
+    def _log_batches(self, run: StoredRun, change: Change) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        points = [Metric(point.name, point.value, point.timestamp, point.step) for point in change.points]
+        while len(points) > POINTS_A_CALL:
+            self._client.log_batch(run.id, points[:POINTS_A_CALL])
+            points = points[POINTS_A_CALL:]
+        params = [Param(name, value) for name, value in change.params.items()]
+        self._client.log_batch(run.id, points, params, [RunTag(name, value) for name, value in change.tags.items()])
+
+    def _log_model(self, experiment_id: str, run_id: str, params: dict[str, str], module: nn.Module, example: Tensor) -> None:
+        # `mlflow.pytorch.log_model` needs an active run and the process-wide store; these are the calls that it makes.
+        from mlflow.entities import LoggedModelOutput
+
+        for earlier in self._client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'"):
+            self._client.delete_logged_model(earlier.model_id)
+        model_id = self._client.create_logged_model(experiment_id, "reconstruction", run_id, params=params).model_id
+        with tempfile.TemporaryDirectory() as folder:
+            _save_model(Path(folder) / "model", module, example, run_id=run_id, model_id=model_id)
+            self._client.log_model_artifacts(model_id, f"{folder}/model")
+        self._client.finalize_logged_model(model_id, "READY")
+        self._client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def _stored(run: Any) -> StoredRun:
+    info, data = run.info, run.data
+    return StoredRun(info.run_id, info.run_name, info.start_time, info.status, data.params, data.tags, data.metrics)
+
+
+def _save_model(path: Path, module: nn.Module, example: Tensor, **ids: str) -> None:
+    """Writes an MLflow model with signature that loads with torch alone."""
+    import mlflow.pytorch
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    with torch.no_grad():
+        output = module.eval()(example)
+    schemas = (Schema([TensorSpec(x.numpy().dtype, (-1, *x.shape[1:]))]) for x in (example, output))
+    # Measured: the first export as "pt2" takes 10 s of imports in every process, the first pickle 1 s. Named requirements
+    # spare MLflow the subprocess that infers them.
+    mlflow.pytorch.save_model(
+        module,
+        path,
+        mlflow_model=Model(**ids),
+        signature=ModelSignature(*schemas),
+        pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
+        serialization_format="pickle",
+    )
+
+
+def tracking_uri() -> str:
+    """Where runs are kept: `MLFLOW_TRACKING_URI`, else `mlflow.db` in the main checkout."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    path = str(main_checkout() / "mlflow.db")
+    return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")
+
+
+def _artifact_location(uri: str, experiment: str) -> str | None:
+    """A server decides where artifacts lie; for a database MLflow's default depends on the current folder."""
+    return None if uri.startswith("http") else (main_checkout() / "mlartifacts" / experiment).as_uri()
+
+
+@contextlib.contextmanager
+def _one_writer(uri: str) -> Iterator[None]:
+    """One process at a time creates the database, and looks for a run before it creates it."""
+    from sqlalchemy.engine import make_url
+
+    database = make_url(uri).database if uri.startswith("sqlite") else None
+    path = Path(f"{database}.lock") if database else main_checkout() / ".vaesweep" / "tracking.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _mlflow() -> Any:
+    """Imports mlflow so that it stays off the network and off the terminal, and gives up early on a server that is away."""
+    settings = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": REQUEST_TIMEOUT,
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    for name in ("mlflow", "alembic", "urllib3"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return mlflow
+
+
+def _connect(uri: str) -> Any:
+    """A client of a store that answers. The first client of a new database creates its tables."""
+    mlflow = _mlflow()
+    parts = urlsplit(uri)
+    port = DATABASE_PORTS.get(parts.scheme.split("+")[0])
+    if port and parts.hostname:  # mlflow would try for minutes
+        address = (parts.hostname, parts.port or port)
+        _within(SECONDS_TO_ANSWER, lambda: socket.create_connection(address).close())
+    client = mlflow.MlflowClient(uri)
+    if parts.scheme in ("http", "https"):
+        patient = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] != REQUEST_TIMEOUT
+        _within(None if patient else SECONDS_TO_ANSWER, lambda: client.search_experiments(max_results=1))
+    return client
+
+
+def _within(seconds: float | None, call: Callable[[], Any]) -> None:
+    """Calls, and waits no longer than that, though looking up a name knows no limit of its own."""
+    outcome: Future = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        outcome.result(seconds)
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"no answer within {seconds:g} s") from error
+
+
+@contextlib.contextmanager
+def _one_line_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, _refusals()):
+            raise
+        raise TrackingError(_without_password(f"MLflow at {uri}: {_reason(error)}")) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, where it said something; else what MLflow says, in one line."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return str(link)
+        link = link.__cause__ or link.__context__
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _refusals() -> tuple[type[BaseException], ...]:
+    """What a store that is away, locked, full, or of another version makes its client raise."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError, ImportError)
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"(://[^/\s:@]*):[^/\s]*@", r"\1@", text)
+
+
+@dataclass(frozen=True)
+class Synced:
+    """How many runs of each study and search were written or changed, and what could not be published yet."""
+
+    changed: dict[str, int]
+    notes: list[str]
+
+
+def sync(
+    tracker: Tracker,
+    studies: Iterable[str],
+    searches: Iterable[str] = (),
+    reconstruction: Callable[[str, str], Reconstruction] | None = None,
+) -> Synced:
+    """Publishes everything on disk of the named studies and searches. Raises TrackingError.
+
+    `reconstruction` builds the MLflow model of a study's cell; without it no models are logged.
+    """
+    changed, notes = {}, []
+    readers = [(name, partial(study_records, name, reconstruction)) for name in studies]
+    for name, read in [*readers, *((name, partial(search_records, name)) for name in searches)]:
+        try:
+            parent, records = read()
+        except ArtifactError as error:
+            notes.append(f"{name} is not in MLflow: {error}")
+            continue
+        changed[name] = tracker.publish(name, parent, records)
+    return Synced(changed, notes)
+
+
+def publish(studies: Iterable[str] = (), searches: Iterable[str] = ()) -> None:
+    """`sync` for a stage, with models: a tracking store that is away costs one line of warning, and nothing else."""
+    try:
+        synced = sync(MlflowTracker(), studies, searches, load_reconstruction)
+    except TrackingError as error:
+        print(f"not in MLflow yet: {error}; `vaesweep sync` uploads it later", file=sys.stderr)
+        return
+    for note in synced.notes:
+        print(note, file=sys.stderr)
+
+
+def load_reconstruction(study: str, cell_id: str) -> Reconstruction:
+    """The trained cell as a module of torch's own parts, and an example of its input. Raises ArtifactError."""
+    state = read_tensors(Folders(study).train / "weights" / f"{cell_id}.safetensors")
+    config = load_study(study).model
+    features, latent_dim = state[f"decoder.{2 * len(config.hidden)}.weight"].shape[0], state["mean.weight"].shape[0]
+    cell = Autoencoder(config, features, latent_dim)
+    cell.load_state_dict(state)
+    return cell.mean_path(), torch.zeros(2, features)
+
+
+def ui_command(host: str, port: int) -> list[str]:
+    """The command line of the MLflow UI on the store that runs are kept in."""
+    uri = tracking_uri()
+    return [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", host, "--port", str(port)]
+
+
+def study_records(
+    name: str, reconstruction: Callable[[str, str], Reconstruction] | None = None
+) -> tuple[ParentRecord, list[RunRecord]]:
+    """The runs of a study, from the files that its stages have left so far. Raises ArtifactError where `train` has not run."""
+    train = Folders(name).train
+    manifest = read_table(train / "manifest.csv")
+    parent = _parent(name, "study", read_json(train / "about.json"), Folders(name).evaluate / "summary.csv")
+    curves = _curves(train / "history.csv")
+    metrics = _metrics(name, manifest)
+    records = []
+    for row in manifest.to_dict("records"):
+        record = _cell_record(name, row, curves.get(row["cell_id"]), metrics.get(row["cell_id"], {}))
+        records.append(_with_pictures(name, record, reconstruction))
+    return parent, records
+
+
+def _parent(name: str, kind: str, about: dict[str, Any], summary: Path) -> ParentRecord:
+    facts = {key: _text(value) for key, value in about.items() if isinstance(value, Scalar) and key not in ("format", "title")}
+    files = {"config": CONFIG_FOLDER / f"{name}.yaml", "summary": summary}
+    return ParentRecord(
+        name, about["title"], {**facts, kind: name}, {key: file for key, file in files.items() if file.is_file()}
+    )
+
+
+def _curves(path: Path) -> dict[str, pd.DataFrame]:
+    """Each cell's history; `train_loss` becomes `train/loss`, which the UI shows in a group `train`."""
+    history = read_table(path)
+    if history.empty:
+        return {}
+    history = history.rename(columns=lambda name: name if name == "cell_id" else name.replace("_", "/", 1))
+    return {cell_id: rows.drop(columns="cell_id") for cell_id, rows in history.groupby("cell_id")}
+
+
+def _metrics(name: str, manifest: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Final metrics by cell, from the tables that exist; a name without a group is one of `prune`."""
+    found: dict[str, dict[str, float]] = {}
+    for path in (Folders(name).evaluate / "metrics.csv", Folders(name).prune / "summary.csv"):
+        if path.is_file():
+            for row in read_table(path).to_dict("records"):
+                values = {key: value for key, value in row.items() if key not in manifest.columns}
+                named = {key if "/" in key else f"prune/{key}": value for key, value in values.items()}
+                found.setdefault(row["cell_id"], {}).update(named)
+    return found
+
+
+def _cell_record(study: str, row: dict[str, Any], curves: pd.DataFrame | None, metrics: dict[str, float]) -> RunRecord:
+    params = _params({column: value for column, value in row.items() if column not in RESULTS})
+    kept = {"evaluated/validation_loss": row["validation_loss"], "evaluated/update": row["evaluated_update"]}
+    return RunRecord(
+        key=row["cell_id"],
+        name=_name(params),
+        params=params,
+        tags={"study": study, **_tags(row, "cell_id", "arm", "data_hash", "unconverged", "diverged_at")},
+        curves=curves,
+        metrics={**kept, **metrics},
+        step=int(row["updates"]),
+        status=row["status"],
+    )
+
+
+RESULTS = ("cell_id", "dataset", "data_hash", "status", "diverged_at", "evaluated_update", "validation_loss", "unconverged")
+"""Columns of a manifest that describe what came of a cell; the others say what was asked for."""
+
+
+def _tags(row: dict[str, Any], *columns: str) -> dict[str, str]:
+    return {column: _text(row[column]) for column in columns if not pd.isna(row[column])}
+
+
+def _params(row: dict[str, Any]) -> dict[str, Scalar]:
+    """What applies to the cell; log10 β too, because the UI's plots have no logarithmic axis."""
+    params = {key: value for key, value in row.items() if not pd.isna(value)}
+    if params.get("sigma2", "learned") != "learned":
+        params["sigma2"] = float(params["sigma2"])  # beside "learned", numbers are read as text
+    if params.get("beta", 0) > 0:
+        params["log10_beta"] = round(math.log10(params["beta"]), 6)
+    return params
+
+
+DEFAULTS = {"sigma2": 1.0, "learning_rate": 1e-3}
+"""Of the schema in `config`."""
+
+
+def _name(params: dict[str, Scalar]) -> str:
+    """Arm and axes in short; σ² and the learning rate only where they are not the defaults."""
+    labels = {"latent_dim": "z", "beta": "β=", "l2": "λ=", "sigma2": "σ²=", "learning_rate": "lr=", "seed": "seed "}
+    silent = {"arm", "log10_beta", "updates"} | {key for key, usual in DEFAULTS.items() if params.get(key) == usual}
+    words = [f"{labels.get(key, key + '=')}{_text(value)}" for key, value in params.items() if key not in silent]
+    return " ".join([str(params["arm"]), *words])
+
+
+def _with_pictures(study: str, record: RunRecord, reconstruction: Callable[[str, str], Reconstruction] | None) -> RunRecord:
+    """Cells that have pictures are the best ones: they get them, their weights and a model."""
+    pictures = Folders(study).evaluate / "pictures" / record.key
+    weights = Folders(study).train / "weights" / f"{record.key}.safetensors"
+    best = pictures.is_dir() and weights.is_file()
+    record = replace(record, tags={**record.tags, "best": _text(best)})
+    if not best:
+        return record
+    build = partial(reconstruction, study, record.key) if reconstruction else None
+    return replace(record, artifacts={"pictures": pictures, "weights": weights}, model=build)
+
+
+def search_records(name: str) -> tuple[ParentRecord, list[RunRecord]]:
+    """The trials of a search, from the files that it has left. Raises ArtifactError where it has not run."""
+    folder = Folders(name).search
+    trials = read_table(folder / "trials.csv")
+    about = read_json(folder / "about.json")
+    curves = _curves(folder / "history.csv")
+    records = [_trial_record(name, row, about, curves.get(row["cell_id"])) for row in trials.to_dict("records")]
+    return _parent(name, "search", about, folder / "trials.csv"), records
+
+
+def _trial_record(search: str, row: dict[str, Any], about: dict[str, Any], curves: pd.DataFrame | None) -> RunRecord:
+    asked = {"latent_dim": about["latent_dim"], "beta": row["beta"], "l2": row["l2"], "updates": about["updates"]}
+    tags = {"search": search, "study": about["study"], **_tags(row, "cell_id", "number", "state", "on_front", "batch")}
+    return RunRecord(
+        key=f"{row['cell_id']}-{row['number']}",  # a trial that was retried has the cell of another one
+        name=f"trial {row['number']} β={row['beta']:.3g} λ={row['l2']:.3g}",
+        params=_params(asked),
+        tags=tags,
+        curves=curves,
+        metrics={"search/distortion": row["distortion"], "search/rate": row["rate"]},
+        step=int(about["updates"]),
+        status="finished" if row["state"] == "complete" else "failed",
+    )
+
+
+def _origin() -> dict[str, str]:
+    """The code that first published a run; it stays when others publish the same run again."""
+    commit = _git_commit(Path.cwd())
+    return {"mlflow.source.git.commit": commit} if commit else {}
+
+
+def _git_commit(folder: Path) -> str | None:
+    """The commit that is checked out, read without git, which a machine may lack."""
+    git = folder / ".git"
+    try:
+        if git.is_file():
+            git = folder / git.read_text().removeprefix("gitdir:").strip()
+        head = (git / "HEAD").read_text().strip()
+        return _resolve(git, head.removeprefix("ref: ")) if head.startswith("ref: ") else head
+    except OSError:
+        return None
+
+
+def _resolve(git: Path, ref: str) -> str | None:
+    shared = git / (git / "commondir").read_text().strip() if (git / "commondir").is_file() else git
+    if (shared / ref).is_file():
+        return (shared / ref).read_text().strip()
+    packed = (line.split() for line in (shared / "packed-refs").read_text().splitlines())
+    return next((words[0] for words in packed if words[1:] == [ref]), None)

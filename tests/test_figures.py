@@ -1,0 +1,169 @@
+"""Every figure has labelled axes, equal data give equal bytes, and nothing leaks into matplotlib's state."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pipeline import figures
+from pipeline.config import ARMS
+
+RNG = np.random.default_rng(0)
+SETTINGS = [("vae", 1.0), ("vae", 4.0), ("ae", math.nan), ("ae_code_l2", 0.5)]
+
+
+def _summary(metrics: list[str], **axes: list) -> pd.DataFrame:
+    rows = pd.MultiIndex.from_product(axes.values(), names=axes).to_frame(index=False)
+    table = pd.concat([rows.assign(arm=arm, beta=beta) for arm, beta in SETTINGS], ignore_index=True)
+    for metric in metrics:
+        table[metric] = np.linspace(1, 2, len(table))
+        table[f"{metric} low"], table[f"{metric} high"] = table[metric] - 0.1, table[metric] + 0.1
+    return table
+
+
+def _rates(l2: tuple[float, ...] = (0.0, 1e-5)) -> pd.DataFrame:
+    table = _summary(["test/kl", "test/reconstruction", "test/mse"], latent_dim=[2, 8], l2=list(l2))
+    table.loc[table["arm"] == "ae", ["test/kl", "test/kl low", "test/kl high"]] = math.nan
+    return table
+
+
+def _trials() -> pd.DataFrame:
+    rate = np.linspace(1, 20, 8)
+    found = {"rate": rate, "distortion": 100 - rate, "beta": 10 ** np.linspace(-2, 1, 8), "on_front": rate % 2 < 1}
+    return pd.DataFrame({"latent_dim": 8, **found})
+
+
+def _training(panels: int) -> pd.DataFrame:
+    table = _summary(["validation_loss"], update=list(range(10, 200, 10)), setting=["a", "b"])
+    return pd.concat([table.assign(panel=f"study {k}") for k in range(panels)])
+
+
+def _noise() -> pd.DataFrame:
+    return _summary(["mse_clean"], noise=["gaussian", "salt_and_pepper"], latent_dim=[2, 8], level=[0.0, 0.1, 0.3])
+
+
+def _pca() -> pd.DataFrame:
+    rows = [
+        {"noise": n, "latent_dim": d, "level": v, "mse_clean": v} for n in ("gaussian",) for d in (2, 8) for v in (0.0, 0.3)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _paired() -> pd.DataFrame:
+    table = _noise().query("arm != 'ae'")
+    return table.assign(difference=table["mse_clean"] - 1.5, low=table["mse_clean"] - 1.6, high=table["mse_clean"] - 1.4)
+
+
+def _columns() -> pd.DataFrame:
+    table = _summary(["column_sum", "column_l2", "kl", "mean_variance"], manifold_dim=[1, 2], latent=list(range(4)))
+    table["cell_id"] = table["arm"] + table["manifold_dim"].astype(str)
+    table.loc[table["arm"] == "ae", "kl"] = math.nan
+    return table
+
+
+def _ablation() -> pd.DataFrame:
+    table = _summary(["mse"], manifold_dim=[1, 2], criterion=["column_sum", "kl"], zeroed=list(range(5))).assign(latent_dim=4)
+    return table[(table["arm"] != "ae") | (table["criterion"] != "kl")]
+
+
+def _counts() -> pd.DataFrame:
+    return _summary(["active_units", "elbow_kl"], manifold_dim=[1, 2, 3])
+
+
+MEASURES = {"active_units": "active units", "elbow_kl": "elbow of KL"}
+POINTS, IMAGES = RNG.uniform(-1, 1, (64, 2)), RNG.random((64, 30))
+LABELS = np.arange(64) % 3
+DRAWINGS: dict[str, Callable[[], Figure]] = {
+    "training": lambda: figures.training_curves(_training(4), ["setting"]),
+    "training, one panel": lambda: figures.training_curves(_training(1), ["setting"]),
+    "rate-distortion": lambda: figures.rate_distortion(_rates()),
+    "rate-distortion with trials": lambda: figures.rate_distortion(_rates(), _trials()),
+    "search": lambda: figures.search_front(_trials()),
+    "robustness": lambda: figures.robustness(_noise(), _pca()),
+    "robustness without PCA": lambda: figures.robustness(_noise()),
+    "paired": lambda: figures.paired_differences(_paired()),
+    "scree": lambda: figures.scree(_columns(), "manifold_dim"),
+    "scree without truth": lambda: figures.scree(_columns()),
+    "ablation": lambda: figures.ablation(_ablation(), "manifold_dim"),
+    "ablation without truth": lambda: figures.ablation(_ablation()[lambda t: t["manifold_dim"] == 1]),
+    "used dimensions": lambda: figures.used_dimensions(_counts(), "manifold_dim", MEASURES),
+    "heat map": lambda: figures.heat_map(_rates((0.0, 0.1, 0.2)), {"test/mse": "Squared error", "test/kl": "KL (nats)"}),
+    "reconstructions, plane": lambda: figures.reconstructions(POINTS, 0.9 * POINTS),
+    "reconstructions, vectors": lambda: figures.reconstructions(IMAGES, IMAGES),
+    "reconstructions, images": lambda: figures.reconstructions(IMAGES, IMAGES, (5, 6)),
+    "reconstructions, few images": lambda: figures.reconstructions(IMAGES[:3], IMAGES[:3], (5, 6)),
+    "plane, one latent": lambda: figures.plane(POINTS, POINTS[:, :1], POINTS),
+    "plane, two latents": lambda: figures.plane(POINTS, POINTS, POINTS),
+    "latents, one": lambda: figures.latent_scatter(POINTS[:, :1], LABELS, ["a", "b", "c"]),
+    "latents, two": lambda: figures.latent_scatter(POINTS, LABELS),
+    "latents, many": lambda: figures.latent_scatter(IMAGES, LABELS),
+    "latents, no labels": lambda: figures.latent_scatter(POINTS),
+    "manifold, plane": lambda: figures.manifold(figures.manifold_codes(8)),
+    "manifold, images": lambda: figures.manifold(IMAGES, (5, 6)),
+    "samples, plane": lambda: figures.samples(POINTS),
+    "samples, images": lambda: figures.samples(IMAGES, (5, 6)),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_figure_says_what_its_axes_are(name: str):
+    figure = DRAWINGS[name]()
+    axes = [ax for ax in figure.axes if ax.get_visible()]
+    assert isinstance(figure, Figure) and figure.get_suptitle()
+    assert any(ax.get_xlabel() for ax in axes)
+    assert any(ax.get_ylabel() for ax in axes) or "images" in name
+
+
+@pytest.mark.parametrize("name", ["rate-distortion with trials", "latents, many", "heat map"])
+def test_equal_data_give_equal_bytes_whatever_the_users_style(name: str, tmp_path: Path):
+    figures.save(DRAWINGS[name](), tmp_path / "first.png")
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black", "figure.dpi": 50, "axes.grid": False}):
+        before = dict(matplotlib.rcParams)
+        figures.save(DRAWINGS[name](), tmp_path / "second.png")
+        assert dict(matplotlib.rcParams) == before
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
+
+
+def test_a_png_carries_no_metadata_and_no_open_figure_is_left(tmp_path: Path):
+    figures.save(DRAWINGS["paired"](), tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as image:
+        assert image.format == "PNG" and not image.info.keys() & {"Software", "Creation Time", "date"}
+        assert image.width >= 800
+    pyplot = sys.modules.get("matplotlib.pyplot")  # seaborn imports it, but no figure may be registered with it
+    assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_every_arm_has_its_colour_and_larger_betas_are_darker():
+    colours = figures._colours(figures._labelled(_rates()))
+    assert list(colours) == ["plain AE", "VAE, β = 1", "VAE, β = 4", "AE, code L2, β = 0.5"]
+    assert colours["plain AE"] == figures.ARM_COLOURS["ae"]
+    assert sum(colours["VAE, β = 1"][:3]) > sum(colours["VAE, β = 4"][:3])
+    assert set(figures.ARM_COLOURS) == set(figures.ARM_LABELS) == set(ARMS)
+
+
+def test_manifold_codes_are_quantiles_of_the_prior_on_the_inner_nine_tenths():
+    codes = figures.manifold_codes(3)
+    edge = 1.6448536
+    np.testing.assert_allclose(codes[:3], [[-edge, edge], [0, edge], [edge, edge]], atol=1e-6)
+    assert codes.shape == (9, 2) and codes.dtype == np.float32
+
+
+def test_principal_components_do_not_flip_when_the_codes_do_not():
+    shown, x, _ = figures._shown_codes(IMAGES, LABELS)
+    again, _, _ = figures._shown_codes(IMAGES.copy(order="F"), LABELS)
+    np.testing.assert_allclose(shown, again, atol=1e-9)
+    assert "principal component 1 of 30 latents" in x
+
+
+@pytest.mark.parametrize(("value", "text"), [(1e-5, "1e-5"), (1.0, "1"), (0.25, "0.25"), (2e10, "2e10"), (0.0005, "0.0005")])
+def test_settings_are_written_short(value: float, text: str):
+    assert figures.number(value) == text

@@ -1,0 +1,402 @@
+"""The report: equal tables give equal bytes, and whatever is missing or broken is said, never fatal."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from pipeline import artifacts, claims, config, figures, grid
+from pipeline.stages import report
+
+UNIFORM = """
+title: "Plane | <b>bold</b> & more"
+data: {name: uniform2d}
+model: {hidden: [30, 30], likelihood: gaussian}
+grid:
+  latent_dim: [1, 2]
+  l2: [0, 1e-2, 0.25]
+  seed: [0, 1, 2]
+  arms: {vae: {beta: [5e-4, 5e-3, 5e-2]}, ae: {}}
+train: {updates: 400}
+evaluate: {}
+"""
+DIGITS = """
+title: Rate, distortion and robustness on 5,000 real digits
+data: {name: digits5k}
+model: {hidden: [400, 256, 128], likelihood: bernoulli}
+grid:
+  latent_dim: [2, 8]
+  l2: [0, 1e-5]
+  seed: [0, 1, 2]
+  arms: {vae: {beta: [1, 4]}, ae: {}}
+train: {updates: 1200}
+evaluate:
+  noise:
+    - {kind: sparse_abs_gaussian, levels: [0, 0.1, 0.3, 0.5]}
+    - {kind: gaussian, levels: [0, 0.1, 0.3, 0.5]}
+    - {kind: salt_and_pepper, levels: [0, 0.05, 0.1, 0.2]}
+"""
+PRUNING = """
+title: Does a VAE use as many dimensions as its data have?
+data: {name: manifold, features: 50, axes: {manifold_dim: [1, 2, 3, 6]}}
+model: {hidden: [100, 100], likelihood: gaussian}
+grid:
+  latent_dim: [20]
+  seed: [0, 1, 2]
+  arms: {vae: {beta: [1]}, ae: {}}
+train: {updates: 800}
+evaluate: {}
+"""
+SEARCH = """
+title: Which KL weights are worth having?
+study: digits
+latent_dim: 8
+space: {beta: {low: 0.05, high: 20}}
+trials: 24
+batch: 8
+train: {updates: 400}
+"""
+
+
+def workspace(folder: Path, **studies: str) -> None:
+    """Writes params.yaml, configs and every table of the given studies, as the stages would."""
+    studies = studies or {"uniform2d": UNIFORM, "digits": DIGITS, "pruning": PRUNING}
+    searches = {"kl_weight": "digits"} if "digits" in studies else {}
+    (folder / "configs").mkdir(parents=True, exist_ok=True)
+    for name, text in {**studies, **({"kl_weight": SEARCH} if searches else {})}.items():
+        (folder / "configs" / f"{name}.yaml").write_text(text)
+    with (folder / "params.yaml").open("w") as file:
+        YAML().dump({"studies": list(studies), "searches": searches}, file)
+    for name in studies:
+        _write_study(folder, name)
+    for name in searches:
+        _write_search(folder, name)
+
+
+def _write_study(folder: Path, name: str) -> None:
+    study = config.load_study(name, folder / "configs")
+    rng, cells = np.random.default_rng(0), grid.cells(study)
+    folders, image = artifacts.Folders(name), study.data.name == "digits5k"
+    features = 784 if image else study.data.options.get("features", 2)
+    points = grid.data_points(study.data)
+    hashes = [f"{index:064x}" for index in range(len(points))]
+    datasets = [
+        {"point": point, "file": f"{k}.safetensors", "sha256": hashes[k], "rows": {"train": 80, "validation": 10, "test": 10}}
+        for k, point in enumerate(points)
+    ]
+    describe = {"name": study.data.name, "options": study.data.options, "image_shape": [28, 28] if image else None}
+    describe |= {
+        "features": features,
+        "unit_range": image,
+        "labels": list("0123456789") if image else None,
+        "datasets": datasets,
+    }
+    artifacts.write_json(folder / folders.prepared / "describe.json", describe)
+    rows = [{"cell_id": f"{name}{index:08d}", **cell.row()} for index, cell in enumerate(cells)]
+    done = {"status": "finished", "diverged_at": None, "updates": study.train.updates, "validation_loss": 100.0}
+    manifest = [
+        {**row, "dataset": cell.dataset, "data_hash": hashes[cell.dataset], **done, "unconverged": index % 17 == 3}
+        | {"evaluated_update": study.train.updates - 10 * row["seed"]}
+        for index, (row, cell) in enumerate(zip(rows, cells, strict=True))
+    ]
+    artifacts.write_table(folder / folders.train / "manifest.csv", pd.DataFrame(manifest))
+    about = {"study": name, "title": study.title, "cells": len(cells), "parameters": 1_234_567, "device": "cpu"}
+    about |= {"torch": "2.14.1+cpu", "precision": "float32", "engine_version": 1, "keep": study.train.keep}
+    artifacts.write_json(folder / folders.train / "about.json", about)
+    _write_metrics(folder / folders.evaluate, study, manifest, rng)
+    _write_history(folder / folders.train, study, rows, rng)
+    _write_noise(folder / folders.evaluate, study, rows, rng)
+    _write_prune(folder / folders.prune, study, rows, rng)
+    _write_codes(folder / folders.evaluate, study, rows, image)
+
+
+def _beta(row: dict) -> float:
+    return 0.0 if row["beta"] is None else row["beta"]
+
+
+def _metrics(row: dict, study: config.Study, rng: np.random.Generator) -> dict:
+    strength = np.log1p(_beta(row) * (1 if study.model.likelihood == "bernoulli" else 100))
+    shrink = 1 / (1 + 3 * strength + 40 * row["l2"])
+    capacity = row["latent_dim"] ** 0.5
+    wobble = 1 + 0.01 * rng.normal()
+    vae = row["arm"] != "ae"
+    kl = 7 * capacity * shrink * wobble if vae else None
+    return {
+        "test/reconstruction": (150 - 40 * capacity * shrink) * wobble,
+        "test/mse": 0.05 / (0.5 + capacity * shrink) * wobble,
+        "test/kl": kl,
+        "test/bce_elbo": None,
+        "test/active_units": row["latent_dim"] * (1 if shrink > 0.2 else 0),
+        "test/knn_accuracy": 0.9 * wobble if study.data.name == "digits5k" else None,
+        "gap/mse": 0.001 * wobble,
+    }
+
+
+def _write_metrics(folder: Path, study: config.Study, manifest: list[dict], rng: np.random.Generator) -> None:
+    columns = ["cell_id", *grid.cells(study)[0].row(), "unconverged"]
+    table = [{**{key: row[key] for key in columns}, **_metrics(row, study, rng)} for row in manifest]
+    artifacts.write_table(folder / "metrics.csv", pd.DataFrame(table))
+
+
+def _write_history(folder: Path, study: config.Study, rows: list[dict], rng: np.random.Generator) -> None:
+    updates = np.linspace(study.train.updates / 40, study.train.updates, 40).astype(int)
+    table = []
+    for row in rows:
+        level = 90 + 8 * np.log1p(_beta(row)) + rng.normal()
+        losses = level + 80 * np.exp(-6 * updates / study.train.updates) + 0.4 * rng.normal(size=40)
+        table += [{"cell_id": row["cell_id"], "update": u, "validation_loss": v} for u, v in zip(updates, losses, strict=True)]
+    artifacts.write_table(folder / "history.csv", pd.DataFrame(table))
+
+
+def _write_noise(folder: Path, study: config.Study, rows: list[dict], rng: np.random.Generator) -> None:
+    header = ["cell_id", *grid.cells(study)[0].row(), "noise", "level", "mse_clean", "mse_noisy"]
+    table, pca = [], []
+    for row in rows:
+        for noise in study.evaluate.noise:
+            for level in noise.levels:
+                slope = 0.08 if row["arm"] == "ae" else 0.05 / (1 + 0.1 * _beta(row))
+                base = 0.04 / row["latent_dim"] ** 0.3 + 0.003 * _beta(row)
+                error = base + slope * level + 0.001 * rng.normal()
+                table.append({**row, "noise": noise.kind, "level": level, "mse_clean": error, "mse_noisy": error + level})
+    for latent_dim in study.grid.latent_dim:
+        raw = {"raw_knn_accuracy": 0.94}
+        pca.append({"latent_dim": latent_dim, "noise": None, "level": 0, "mse_clean": 0.06, "knn_accuracy": 0.5, **raw})
+        for noise in study.evaluate.noise:
+            pca += [
+                {"latent_dim": latent_dim, "noise": noise.kind, "level": v, "mse_clean": 0.06 + 0.04 * v} for v in noise.levels
+            ]
+    noise = pd.DataFrame(table, columns=header)
+    artifacts.write_table(folder / "noise.csv", noise)
+    artifacts.write_table(folder / "pca.csv", pd.DataFrame(pca))
+    same = [*study.data.axes, "latent_dim", "l2", "sigma2", "learning_rate", "noise", "level"]
+    artifacts.write_table(folder / "paired.csv", claims.paired_table(noise, same, "mse_clean"))
+
+
+def _write_prune(folder: Path, study: config.Study, rows: list[dict], rng: np.random.Generator) -> None:
+    columns, curves, counts = [], [], []
+    for row in rows:
+        latents, true = row["latent_dim"], row.get("manifold_dim", row["latent_dim"])
+        used = rng.permutation(latents) < (min(latents, true + (true > 5)) if row["arm"] == "vae" else latents)
+        norms = np.where(used, 2 + rng.random(latents), 0.05 * rng.random(latents) + (row["arm"] == "ae"))
+        sums = norms * rng.random(latents) * 3
+        kl = np.where(used, 2.5 + rng.random(latents), 0.01) if row["arm"] == "vae" else np.full(latents, np.nan)
+        for k in range(latents):
+            sizes = {
+                "column_sum": sums[k],
+                "column_l1": 4 * norms[k],
+                "column_l2": norms[k],
+                "cancels": sums[k] < 0.4 * norms[k],
+            }
+            carried = {"kl": kl[k], "mean_variance": float(used[k]), "active": bool(used[k])}
+            columns.append({**row, "latent": k, **sizes, **carried})
+        for criterion, values in {"column_sum": sums, "column_l2": norms, "kl": kl}.items():
+            if not np.isnan(values).all():
+                lost = np.concatenate([[0], np.cumsum(used[np.argsort(values)] * 0.1)])
+                curves += [{**row, "criterion": criterion, "zeroed": k, "mse": 0.02 + v} for k, v in enumerate(lost)]
+        elbows = {"elbow_column_sum": used.sum() - 1, "elbow_column_l2": used.sum(), "elbow_kl": used.sum()}
+        counts.append({**row, "active_units": used.sum(), **elbows, "cancelled": 2})
+    artifacts.write_table(folder / "columns.csv", pd.DataFrame(columns))
+    artifacts.write_table(folder / "ablation.csv", pd.DataFrame(curves))
+    artifacts.write_table(folder / "summary.csv", pd.DataFrame(counts))
+
+
+def _write_codes(folder: Path, study: config.Study, rows: list[dict], image: bool) -> None:
+    axes = ["cell_id", "arm", "latent_dim", *study.data.axes]
+    best = pd.DataFrame(rows)[axes].drop_duplicates(axes[1:])
+    artifacts.write_table(folder / "best.csv", best)
+    for row in best.itertuples():
+        x = torch.rand(500, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        codes = (x if row.latent_dim == 2 else x[:, :1]).contiguous().erfinv()
+        content = {"codes": codes, "x": x, "reconstructions": 0.9 * x}
+        if not image:
+            artifacts.write_tensors(folder / "codes" / f"{row.cell_id}.safetensors", content)
+
+
+def _write_search(folder: Path, name: str) -> None:
+    rng = np.random.default_rng(1)
+    beta = np.exp(rng.uniform(np.log(0.05), np.log(20), 24))
+    rate = 25 / (1 + beta) ** 0.7
+    distortion = 80 + 60 * np.exp(-rate / 10) + np.abs(rng.normal(size=24))
+    front = [not any((rate < r) & (distortion < d)) for r, d in zip(rate, distortion, strict=True)]
+    found = {"beta": beta, "l2": 0.0, "distortion": distortion, "rate": rate, "on_front": front, "batch": np.arange(24) // 8}
+    named = {"number": range(24), "cell_id": [f"t{k:07d}" for k in range(24)], "state": "complete"}
+    table = pd.DataFrame({**named, **found})
+    table.loc[5, ["state", "distortion", "rate", "on_front"]] = ["failed", np.nan, np.nan, False]
+    path = folder / artifacts.Folders(name).search
+    artifacts.write_table(path / "trials.csv", table)
+    about = {"search": name, "title": "t", "study": "digits", "sampler": "tpe", "trials": 24, "latent_dim": 8, "updates": 400}
+    artifacts.write_json(path / "about.json", about | {"device": "cpu"})
+
+
+TINY = """
+title: "Bars | <b>bold</b> & `ticks`\\n# no heading"
+data: {name: uniform2d}
+model: {hidden: [4], likelihood: gaussian}
+grid: {latent_dim: [2], seed: [0, 1, 2], arms: {vae: {beta: [0.01, 0.1]}, ae: {}}}
+train: {updates: 100}
+evaluate: {noise: [{kind: gaussian, levels: [0, 0.1]}]}
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, where figures are made but not rendered: that is most of a report's time."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "save", lambda figure, path: artifacts.write_bytes(path, type(figure).__name__.encode()))
+    return tmp_path
+
+
+def _written() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(Path("reports").rglob("*")) if path.is_file()}
+
+
+def _text() -> str:
+    return Path("reports/report.md").read_text(encoding="utf-8")
+
+
+def _edit(name: str, table: str, change) -> None:
+    path = Path("runs") / name / table
+    artifacts.write_table(path, change(artifacts.read_table(path)))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a report on all three default studies, after checking that a second one has the same bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("full"))
+        workspace(Path())
+        report.run()
+        first = _written()
+        shutil.rmtree("reports")
+        report.run()
+        assert _written() == first
+    return first
+
+
+def test_every_section_is_there(full: dict[str, bytes]):
+    text = full["reports/report.md"].decode()
+    for heading in ("What was run", "Cells to be wary of", "Training", "The runs in MLflow", "Versions and data", "kl_weight"):
+        assert f"\n## {heading}\n" in text
+    for heading in ("Rate and distortion", "Robustness against the plain AE", "Which latent dimensions are used"):
+        assert f"\n### {heading}\n" in text
+
+
+def test_every_picture_is_shown_once_small_and_described(full: dict[str, bytes]):
+    shown = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", full["reports/report.md"].decode())
+    on_disk = {path.removeprefix("reports/"): content for path, content in full.items() if path.endswith(".png")}
+    assert sorted(path for _, path in shown) == sorted(on_disk) and len(shown) <= 10
+    assert all(len(alternative) > 20 for alternative, _ in shown)
+    assert max(map(len, on_disk.values())) < 150_000
+
+
+def test_tables_are_narrow(full: dict[str, bytes]):
+    lines = full["reports/report.md"].decode().splitlines()
+    widths = {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in lines if line.startswith("|")}
+    assert max(widths) <= 9
+
+
+def test_a_removed_study_leaves_no_trace(here: Path):
+    workspace(here, stays=TINY, gone=TINY)
+    report.run()
+    assert "`gone`" in _text() and any("gone" in name for name in _written())
+    workspace(here, stays=TINY)
+    report.run()
+    assert "gone" not in _text() and not any("gone" in name for name in _written())
+
+
+def test_diverged_and_missing_cells_are_listed(here: Path):
+    workspace(here, tiny=TINY)
+    manifest = artifacts.read_table(Path("runs/tiny/train/manifest.csv"))
+    diverged, lost = manifest["cell_id"][0], manifest["cell_id"][4]
+
+    def diverge(table: pd.DataFrame) -> pd.DataFrame:
+        table["diverged_at"] = table["diverged_at"].astype(float)
+        table.loc[table["cell_id"] == diverged, ["status", "diverged_at"]] = ["diverged", 37]
+        return table[table["cell_id"] != lost]
+
+    _edit("tiny", "train/manifest.csv", diverge)
+    _edit("tiny", "evaluate/metrics.csv", lambda table: table[~table["cell_id"].isin([diverged, lost])])
+    report.run()
+    assert "| `tiny` | diverged | VAE, β = 0.01 | 0 | 37 |" in _text()
+    assert "| `tiny` | missing | VAE, β = 0.1 | 1 | – |" in _text()
+    assert "VAE, β = 0.01 (2 seeds)" in _text()
+    assert "| `uniform2d` | 9 | 3 | 100 | 1,234,567 | 1 | 1 | 1 |" in _text()
+
+
+def test_a_study_whose_cells_all_diverged_still_gives_a_report(here: Path):
+    workspace(here, tiny=TINY)
+    _edit("tiny", "train/manifest.csv", lambda table: table.assign(status="diverged", diverged_at=3, unconverged=False))
+    evaluated = ("metrics", "noise", "pca", "paired", "best")
+    for name in (*(f"evaluate/{t}.csv" for t in evaluated), "prune/columns.csv", "prune/ablation.csv", "prune/summary.csv"):
+        _edit("tiny", name, lambda table: table.iloc[:0])
+    _edit("tiny", "train/history.csv", lambda table: table.assign(validation_loss=np.inf))
+    report.run()
+    assert "No cell was evaluated" in _text() and "| `tiny` | diverged | plain AE | 0, 1, 2 | 3 |" in _text()
+
+
+def test_empty_files_still_give_a_report(here: Path):
+    workspace(here, tiny=TINY)
+    for path in [*Path("runs/tiny").rglob("*.csv")]:
+        path.write_bytes(b"\n")
+    report.run()
+    assert "| `tiny` | missing | plain AE | 0, 1, 2 | – |" in _text()
+
+
+@pytest.mark.parametrize("arms", ["vae: {beta: [0.01, 0.1]}", "ae: {}", "ae_code_l2: {beta: [1]}, kl_only: {beta: [1, 2]}"])
+def test_any_choice_of_arms_gives_a_report(here: Path, arms: str):
+    workspace(here, tiny=TINY.replace("vae: {beta: [0.01, 0.1]}, ae: {}", arms))
+    report.run()
+    assert "There is no plain AE to compare with." in _text()
+
+
+@pytest.mark.parametrize("seeds", ["[0]", "[0, 1]"])
+def test_few_seeds_are_no_error(here: Path, seeds: str):
+    workspace(here, tiny=TINY.replace("[0, 1, 2]", seeds))
+    report.run()
+    assert "nan" not in _text().lower()
+
+
+def test_more_axes_than_figures_have_are_fixed_and_said(here: Path):
+    wide = TINY.replace("latent_dim: [2]", 'latent_dim: [2], sigma2: [1, "learned"], learning_rate: [1e-3, 1e-2]')
+    workspace(here, tiny=wide.replace("name: uniform2d", "name: uniform2d, axes: {outliers: [0, 0.5]}"))
+    report.run()
+    assert "outliers = 0" in _text() and "σ² = 1" in _text() and "| `tiny` | missing" not in _text()
+
+
+def test_free_text_cannot_break_the_markdown(here: Path):
+    workspace(here, tiny=TINY)
+    report.run()
+    assert r"**Bars \| &lt;b&gt;bold&lt;/b&gt; &amp; \`ticks\` \# no heading**" in _text()
+
+
+def test_a_verdict_follows_its_interval(here: Path):
+    workspace(here, tiny=TINY.replace("levels: [0, 0.1]", "levels: [0, 0.1, 0.3]"))
+    intervals = {0.0: (-0.3, -0.1), 0.1: (0.1, 0.3), 0.3: (-0.1, 0.2)}
+
+    def decide(table: pd.DataFrame) -> pd.DataFrame:
+        low, high = (table["level"].map(lambda level, side=side: intervals[level][side]) for side in (0, 1))
+        return table.assign(difference=(low + high) / 2, low=low, high=high)
+
+    _edit("tiny", "evaluate/paired.csv", decide)
+    report.run()
+    assert "beats at 0; loses at 0.1; does not differ at 0.3" in _text() and "0.3: 0.05 [−0.10, 0.20]" in _text()
+
+
+def test_nothing_of_the_machine_is_in_the_report(here: Path):
+    workspace(here, tiny=TINY)
+    report.run()
+    assert str(here) not in _text() and not re.search(r"20\d\d-\d\d-\d\d", _text())
+
+
+def test_a_missing_table_names_the_stage_to_run(here: Path):
+    workspace(here, tiny=TINY)
+    Path("runs/tiny/prune/columns.csv").unlink()
+    with pytest.raises(artifacts.ArtifactError, match=r"columns\.csv: is missing; run the stage"):
+        report.run()
