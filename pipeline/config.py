@@ -311,12 +311,10 @@ def _keys(content: Any, location: tuple) -> set:
     """Every key and index met on the way to `location`; pydantic also names union members and '[key]', which are no keys."""
     met = set()
     for part in location:
-        if isinstance(content, dict) and part in content:
-            content = content[part]
-        elif isinstance(content, list) and isinstance(part, int) and part < len(content):
-            content = content[part]
-        else:
+        known = range(len(content)) if isinstance(content, list) else content
+        if not isinstance(known, (dict, range)) or part not in known:
             continue
+        content = content[part]
         met.add(part)
     return met
 

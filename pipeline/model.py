@@ -153,7 +153,7 @@ class StackedAutoencoder:
 
     @torch.no_grad()
     def initialise(self) -> StackedAutoencoder:
-        """Draws weights and biases from U(−1/√fan_in, 1/√fan_in), torch's default for a linear layer, by (seed, layer, row, column)."""
+        """Draws weights and biases from U(−1/√fan_in, 1/√fan_in), torch's default, by (seed, layer, row, column)."""
         seeds, index = torch.tensor([cell.seed for cell in self.cells], device=self.mask.device).unique(return_inverse=True)
         for purpose, parts in enumerate(self._parts()):
             for part in parts:
@@ -164,7 +164,7 @@ class StackedAutoencoder:
         return self
 
     def _parts(self) -> Any:
-        """The linear maps of a plain autoencoder, in order, as views: each a weight part and, where there is one, a bias part."""
+        """The linear maps of a plain autoencoder, in order, as views: a weight part and, where there is one, a bias part."""
         dims = [cell.latent_dim for cell in self.cells]
         for number, layer in enumerate(self.layers):
             halves = 2 if number == self.depth else 1

@@ -71,7 +71,10 @@ def test_a_second_writer_is_told_who_holds_the_store(tmp_path):
     holder.start()
     try:
         assert ready.wait(60)
-        with pytest.raises(ArtifactError, match=rf"is held by process {holder.pid} \(first\)"), CellStore(tmp_path).lock("second"):
+        with (
+            pytest.raises(ArtifactError, match=rf"is held by process {holder.pid} \(first\)"),
+            CellStore(tmp_path).lock("second"),
+        ):
             pass
     finally:
         release.set()

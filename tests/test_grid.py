@@ -26,7 +26,11 @@ def studies(draw):
         name: {"beta": draw(distinct(positive))} if ARMS[name].penalty != "none" else {}
         for name in draw(distinct(st.sampled_from(sorted(ARMS))))
     }
-    grid = {"latent_dim": draw(distinct(st.integers(1, 40))), "l2": draw(distinct(positive)), "seed": draw(distinct(st.integers(0, 9)))}
+    grid = {
+        "latent_dim": draw(distinct(st.integers(1, 40))),
+        "l2": draw(distinct(positive)),
+        "seed": draw(distinct(st.integers(0, 9))),
+    }
     return Study.model_validate_json(
         json.dumps(
             {

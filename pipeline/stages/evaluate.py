@@ -176,13 +176,17 @@ def _knn(stack: Measured, row: int, neighbours: int) -> float | None:
 def _noise(stack: Measured, study: Study) -> Iterator[dict[str, Any]]:
     """Reconstruction of corrupted test inputs: error against the clean image and against the corrupted one."""
     x = stack.x["test"]
-    for noise, level in ((noise.kind, level) for noise in study.evaluate.noise for level in noise.levels):
-        noisy = _corrupted(x, noise, level, stack.data.unit_range)
+    for kind, level in _noise_levels(study):
+        noisy = _corrupted(x, kind, level, stack.data.unit_range)
         codes = _codes(stack.model, noisy)
         errors = zip(_error(stack, x, codes).tolist(), _error(stack, noisy, codes).tolist(), strict=True)
         for row, (clean, dirty) in enumerate(errors):
-            place = {"cell_id": stack.keys[row], **stack.model.cells[row].row(), "noise": noise, "level": level}
+            place = {"cell_id": stack.keys[row], **stack.model.cells[row].row(), "noise": kind, "level": level}
             yield {**place, "mse_clean": clean, "mse_noisy": dirty}
+
+
+def _noise_levels(study: Study) -> list[tuple[str, float]]:
+    return [(noise.kind, level) for noise in study.evaluate.noise for level in noise.levels]
 
 
 @cache
@@ -201,8 +205,7 @@ def _pca(data: Prepared, study: Study) -> Iterator[dict[str, Any]]:
 
 def _pca_rows(x: dict[str, Tensor], labels: dict[str, Tensor] | None, dim: int, study: Study, clip: bool) -> Iterator[dict]:
     pca = metrics.fit_pca(x["train"], dim)
-    levels = [(None, 0.0)] + [(noise.kind, level) for noise in study.evaluate.noise for level in noise.levels]
-    for kind, level in levels:
+    for kind, level in [(None, 0.0), *_noise_levels(study)]:
         noisy = _corrupted(x["test"], kind, level, clip) if kind else x["test"]
         found = metrics.pca_reconstruction(pca, noisy)
         errors = {"mse_clean": (found - x["test"]).square().mean().item(), "mse_noisy": (found - noisy).square().mean().item()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections import Counter
@@ -103,7 +104,7 @@ def _seconds(group: list[str], cells: dict[str, Cell], features: int, device: st
     times = [time.perf_counter()]
     for _ in trainer.run():
         times.append(time.perf_counter())
-    steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(times)]
     return statistics.median(steps[2:]) * members[0].train.updates
 
 

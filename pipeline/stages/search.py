@@ -53,7 +53,9 @@ class Trials:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.search, self.model, self.data_hash, self.runtime = search, study.model, data.hashes[0], runtime
-        recipe = json.dumps([search.model_dump(mode="json"), study.model.model_dump(mode="json"), self.data_hash, ENGINE_VERSION])
+        recipe = json.dumps(
+            [search.model_dump(mode="json"), study.model.model_dump(mode="json"), self.data_hash, ENGINE_VERSION]
+        )
         self.study = optuna.create_study(
             storage=f"sqlite:///{main_checkout() / 'optuna.db'}",
             study_name=f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}",  # another recipe is another study

@@ -1,0 +1,125 @@
+import pandas as pd
+import pytest
+import torch
+
+from pipeline.artifacts import CellStore, Prepared
+from pipeline.config import VaesweepError
+from pipeline.executors import Inline, Interrupted, bytes_per_cell, choose_stack_size, find_runtime
+from pipeline.grid import Runtime, identify
+from pipeline.trainer import StackTrainer
+
+RUNTIME = Runtime(device="cpu", torch=torch.__version__)
+
+
+@pytest.fixture
+def data(pixels):
+    x = {"train": [pixels], "validation": [pixels[:50]], "test": [pixels[:20]]}
+    return Prepared(x, None, ["hash"], [{}], 17, None, True, None, {})
+
+
+@pytest.fixture
+def wanted(make_cell):
+    return identify([make_cell(seed=seed, latent_dim=dim) for seed in range(3) for dim in (2, 3)], ["hash"], RUNTIME)
+
+
+def results(store, keys):
+    return {key: (store.record(key), store.weights_path(key).read_bytes()) for key in keys}
+
+
+def test_every_wanted_cell_is_trained_once(tmp_path, data, wanted):
+    store = CellStore(tmp_path)
+    advances = list(Inline(store).run(wanted, data))
+    assert sorted(store) == sorted(wanted)
+    assert advances[-1] == (6, 6, 240, 240)
+    assert [a.updates_done for a in advances] == sorted(a.updates_done for a in advances)
+    assert list(Inline(store).run(wanted, data)) == []
+
+
+def test_only_missing_cells_are_trained(tmp_path, data, wanted):
+    store, keys = CellStore(tmp_path), list(wanted)
+    list(Inline(store).run({key: wanted[key] for key in keys[:4]}, data))
+    before = {key: store.weights_path(key).stat().st_mtime_ns for key in keys[:4]}
+    assert list(Inline(store).run(wanted, data))[-1].cells == 2
+    assert before == {key: store.weights_path(key).stat().st_mtime_ns for key in keys[:4]}
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_the_stack_size_changes_no_bit(tmp_path, data, wanted, size):
+    whole, parts = CellStore(tmp_path / "whole"), CellStore(tmp_path / "parts")
+    list(Inline(whole).run(wanted, data))
+    list(Inline(parts, stack_size=size).run(wanted, data))
+    assert results(whole, wanted) == results(parts, wanted)
+
+
+def test_interrupted_anywhere_ends_bit_identical(tmp_path, data, wanted):
+    whole, broken = CellStore(tmp_path / "whole"), CellStore(tmp_path / "broken")
+    list(Inline(whole, stack_size=2).run(wanted, data))
+    interruptions = 0
+    while True:
+        answers = iter([None] * 7 + [15] * 100)
+        try:
+            list(Inline(broken, stack_size=2, stop=lambda answers=answers: next(answers)).run(wanted, data))
+            break
+        except Interrupted as error:
+            interruptions += 1
+            assert error.exit_code == 143
+    assert interruptions > 3
+    assert results(whole, wanted) == results(broken, wanted)
+    assert list(broken.checkpoints()) == []
+
+
+def test_an_unreadable_checkpoint_only_costs_its_work(tmp_path, data, wanted):
+    store, whole = CellStore(tmp_path / "a"), CellStore(tmp_path / "b")
+    with pytest.raises(Interrupted):
+        list(Inline(store, stop=lambda: 2).run(wanted, data))
+    for path in (tmp_path / "a" / "checkpoints").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    list(Inline(store).run(wanted, data))
+    list(Inline(whole).run(wanted, data))
+    assert results(store, wanted) == results(whole, wanted)
+
+
+def test_a_stack_that_does_not_fit_is_halved(tmp_path, data, wanted, monkeypatch):
+    sizes, step = [], StackTrainer._step
+
+    def limited(self, *arguments):
+        sizes.append(self.wanted)
+        if self.wanted > 2:
+            raise torch.OutOfMemoryError("planted")
+        return step(self, *arguments)
+
+    monkeypatch.setattr(StackTrainer, "_step", limited)
+    store = CellStore(tmp_path)
+    list(Inline(store, stack_size=4).run(wanted, data))
+    assert sorted(store) == sorted(wanted) and {3, 1, 2} >= set(sizes)
+
+
+def test_a_diverged_cell_is_kept_as_such_and_not_trained_again(tmp_path, data, make_cell):
+    wanted = identify([make_cell(learning_rate=1e30), make_cell()], ["hash"], RUNTIME)
+    store = CellStore(tmp_path)
+    list(Inline(store).run(wanted, data))
+    assert [store.record(key)["status"] for key in wanted] == ["diverged", "finished"]
+    assert not store.weights_path(next(iter(wanted))).exists()
+    assert list(Inline(store).run(wanted, data)) == []
+    assert isinstance(store.history(wanted), pd.DataFrame)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_runtime("auto").device == find_runtime("cpu").device == "cpu"
+    with pytest.raises(VaesweepError, match="device: is 'cuda', but torch sees no CUDA device"):
+        find_runtime("cuda")
+
+
+def test_small_cells_train_in_larger_stacks(make_cell):
+    large, small = make_cell(model={"hidden": (400, 256, 128)}), make_cell()
+    assert 8 <= choose_stack_size(large, 784, "cpu") <= 32 < choose_stack_size(small, 2, "cpu")
+    assert bytes_per_cell(large.model, 784, 2, 128) > 6 * 4 * 800_000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_takes_the_same_path(tmp_path, data, wanted):
+    store = CellStore(tmp_path)
+    list(Inline(store, device="cuda").run(wanted, data))
+    assert all(store.record(key)["status"] == "finished" for key in wanted)

@@ -1,0 +1,226 @@
+"""The stages on a tiny study in a folder of its own, called as functions; `test_repro.py` runs them through DVC."""
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pipeline import tracking
+from pipeline.artifacts import ArtifactError, CellStore, Folders, read_json, read_table, read_tensors
+from pipeline.stages import clean, evaluate, plan, prepare, prune, search, train
+
+STUDY = """
+title: A tiny study
+data: {name: digits5k, limit: 300, validation: 60, test: 60}
+model: {hidden: [16], likelihood: bernoulli}
+grid:
+  latent_dim: [2, 3]
+  seed: [0, 1]
+  arms:
+    vae: {beta: [1]}
+    ae: {}
+train: {updates: 30, history_points: 10, batch_size: 32}
+evaluate:
+  noise:
+    - {kind: gaussian, levels: [0, 0.3]}
+"""
+SEARCH = """
+title: A tiny search
+study: tiny
+latent_dim: 3
+space: {beta: {low: 0.1, high: 10}, l2: {low: 1e-6, high: 1e-3}}
+trials: 5
+batch: 2
+train: {updates: 30, history_points: 10, batch_size: 32}
+"""
+
+
+def write(text=STUDY, name="tiny"):
+    Path("configs", f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workspace in which the tiny study is prepared and trained; copied for each test."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(tracking, "publish", lambda **_: None)
+        Path("configs").mkdir()
+        Path("params.yaml").write_text("studies: [tiny]\nsearches: {hunt: tiny}\n")
+        write()
+        write(SEARCH, "hunt")
+        prepare.run("tiny")
+        train.run("tiny", drive)
+    return folder
+
+
+@pytest.fixture
+def workspace(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(tracking, "publish", lambda **_: None)
+    return tmp_path / "work"
+
+
+def drive(name, advances):
+    drive.cells = [advance.cells for advance in advances]
+
+
+def test_train_writes_a_row_a_history_and_weights_for_every_cell(workspace):
+    folder = Folders("tiny").train
+    manifest, history = read_table(folder / "manifest.csv"), read_table(folder / "history.csv")
+    assert len(manifest) == 8 and set(manifest["status"]) == {"finished"}
+    assert set(history["cell_id"]) == set(manifest["cell_id"]) and len(history) == 80
+    assert {path.stem for path in (folder / "weights").iterdir()} == set(manifest["cell_id"])
+    assert read_json(folder / "about.json")["cells"] == 8
+
+
+def test_adding_a_beta_trains_only_the_new_cells_and_removing_it_removes_its_rows(workspace):
+    before = read_table(Folders("tiny").train / "manifest.csv")
+    write(STUDY.replace("[1]}", "[1, 4]}"))
+    train.run("tiny", drive)
+    grown = read_table(Folders("tiny").train / "manifest.csv")
+    assert set(drive.cells) == {4} and len(grown) == 12
+    write()
+    train.run("tiny", drive)
+    assert drive.cells == []
+    pd.testing.assert_frame_equal(read_table(Folders("tiny").train / "manifest.csv"), before)
+    assert len(list((Folders("tiny").train / "weights").iterdir())) == 8
+
+
+def test_evaluate_measures_every_cell(workspace):
+    evaluate.run("tiny")
+    folder = Folders("tiny").evaluate
+    metrics, noise = read_table(folder / "metrics.csv"), read_table(folder / "noise.csv")
+    assert len(metrics) == 8 and len(noise) == 8 * 2
+    vae = metrics["arm"] == "vae"
+    total = metrics["test/reconstruction"] + metrics["test/kl"]
+    pd.testing.assert_series_equal(metrics["test/bce_elbo"][vae], -total[vae], check_names=False)
+    assert metrics.loc[~vae, ["test/kl", "test/bce_elbo"]].isna().all().all()
+    clean_noise = noise[noise["level"] == 0].set_index("cell_id")["mse_clean"]
+    pd.testing.assert_series_equal(clean_noise, metrics.set_index("cell_id")["test/mse"], check_names=False)
+    latents = read_table(folder / "latents.csv").groupby("cell_id")["kl"].sum()[metrics.loc[vae, "cell_id"]]
+    assert latents.tolist() == pytest.approx(metrics.loc[vae, "test/kl"].tolist(), rel=1e-5)
+
+
+def test_evaluate_agrees_with_the_plain_module(workspace):
+    import torch
+
+    from pipeline.artifacts import load_prepared
+    from pipeline.config import load_study
+    from pipeline.model import Autoencoder
+
+    evaluate.run("tiny")
+    metrics = read_table(Folders("tiny").evaluate / "metrics.csv")
+    x = load_prepared(Folders("tiny").prepared).x["test"][0]
+    for row in metrics.to_dict("records"):
+        cell = Autoencoder(load_study("tiny").model, 784, row["latent_dim"])
+        cell.load_state_dict(read_tensors(Folders("tiny").train / "weights" / f"{row['cell_id']}.safetensors"))
+        assert row["test/mse"] == pytest.approx((cell(x) - x).square().mean().item(), rel=1e-5)
+        assert row["test/active_units"] <= row["latent_dim"]
+        if row["arm"] == "ae":
+            logits = cell.decoder(cell.encode(x)[0])
+            bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1).mean().item()
+            assert row["test/reconstruction"] == pytest.approx(bce, rel=1e-5)
+
+
+def test_evaluate_pairs_each_vae_with_the_plain_ae_of_its_seed(workspace):
+    evaluate.run("tiny")
+    folder = Folders("tiny").evaluate
+    table, paired = read_table(folder / "metrics.csv"), read_table(folder / "paired.csv")
+    by_seed = table.pivot(index=["latent_dim", "seed"], columns="arm", values="test/mse")
+    expected = (by_seed["vae"] - by_seed["ae"]).groupby("latent_dim").mean()
+    clean_rows = paired[paired["noise"] == "clean"].set_index("latent_dim")["difference"]
+    pd.testing.assert_series_equal(clean_rows, expected, check_names=False, check_like=True)
+    assert set(paired["seeds"]) == {2}
+
+
+def test_best_cells_get_pictures_and_codes(workspace):
+    evaluate.run("tiny")
+    folder = Folders("tiny").evaluate
+    best = read_table(folder / "best.csv")
+    assert len(best) == 4
+    for row in best.to_dict("records"):
+        pictures = {path.stem for path in (folder / "pictures" / row["cell_id"]).iterdir()}
+        assert pictures == {"reconstructions", "latent", "samples"} | ({"manifold"} if row["latent_dim"] == 2 else set())
+        assert read_tensors(folder / "codes" / f"{row['cell_id']}.safetensors")["codes"].shape == (60, row["latent_dim"])
+
+
+def test_prune_ablates_from_nothing_to_everything(workspace):
+    prune.run("tiny")
+    ablation, summary = (read_table(Folders("tiny").prune / f"{table}.csv") for table in ("ablation", "summary"))
+    evaluate.run("tiny")
+    mse = read_table(Folders("tiny").evaluate / "metrics.csv").set_index("cell_id")["test/mse"]
+    for (cell_id, _), curve in ablation.groupby(["cell_id", "criterion"]):
+        assert curve["zeroed"].tolist() == list(range(curve["latent_dim"].iloc[0] + 1))
+        assert curve["mse"].iloc[0] == pytest.approx(mse[cell_id], rel=1e-5)
+    everything = ablation[ablation["zeroed"] == ablation["latent_dim"]].groupby("cell_id")["mse"].nunique()
+    assert set(everything) == {1} and len(summary) == 8
+    assert summary.loc[summary["arm"] == "ae", "elbow_kl"].isna().all()
+
+
+def test_search_reaches_its_target_count_and_a_second_start_trains_nothing(workspace):
+    search.run("hunt", drive)
+    trials = read_table(Folders("hunt").search / "trials.csv")
+    assert len(trials) == 5 and set(trials["state"]) == {"complete"}
+    for row in trials.to_dict("records"):
+        beaten = (trials["distortion"] < row["distortion"]) & (trials["rate"] < row["rate"])
+        assert not (row["on_front"] and beaten.any())
+    search.run("hunt", drive)
+    pd.testing.assert_frame_equal(read_table(Folders("hunt").search / "trials.csv"), trials)
+
+
+def test_an_interrupted_search_goes_on_with_the_same_trials(workspace):
+    from pipeline.executors import Interrupted
+
+    answers = iter([None] * 14 + [15] * 99)
+    with pytest.raises(Interrupted):
+        search.run("hunt", drive, lambda: next(answers))
+    search.run("hunt", drive)
+    trials = read_table(Folders("hunt").search / "trials.csv")
+    assert (trials["state"] == "complete").sum() == 5
+    failed = trials[trials["state"] == "failed"]
+    assert len(failed) == 2 and set(failed["cell_id"]) <= set(trials.loc[trials["state"] == "complete", "cell_id"])
+
+
+def test_clean_removes_what_no_listed_study_uses(workspace):
+    write(STUDY.replace("[1]}", "[1, 4]}"))
+    train.run("tiny", drive)
+    write()
+    train.run("tiny", drive)
+    assert clean.run(dry_run=True)[0] == 4 and len(list(CellStore())) == 12
+    cells, size = clean.run()
+    assert cells == 4 and size > 1000
+    assert set(CellStore()) == set(read_table(Folders("tiny").train / "manifest.csv")["cell_id"])
+
+
+def test_plan_counts_cells_and_estimates_time_without_writing(workspace):
+    write(STUDY.replace("[1]}", "[1, 4]}"))
+    before = sorted(workspace.rglob("*"))
+    text = plan.run("tiny")
+    assert "12 (8 vae, 4 ae); 8 are trained already" in text
+    assert "2 of 2" in text and "s of training" in text
+    assert sorted(workspace.rglob("*")) == before
+
+
+def test_a_changed_data_section_must_be_prepared_first(workspace):
+    write(STUDY.replace("limit: 300", "limit: 301"))
+    with pytest.raises(ArtifactError, match="run `vaesweep prepare tiny`"):
+        train.run("tiny", drive)
+
+
+def test_a_changed_grid_must_be_trained_first(workspace):
+    write(STUDY.replace("seed: [0, 1]", "seed: [0]"))
+    with pytest.raises(ArtifactError, match="run `vaesweep train` again"):
+        evaluate.run("tiny")
+
+
+def test_a_study_in_which_every_cell_diverges_ends_well(workspace):
+    write(STUDY.replace("seed: [0, 1]", "seed: [0]\n  learning_rate: [1.0e+30]"))
+    train.run("tiny", drive)
+    evaluate.run("tiny")
+    prune.run("tiny")
+    assert set(read_table(Folders("tiny").train / "manifest.csv")["status"]) == {"diverged"}
+    assert read_table(Folders("tiny").evaluate / "metrics.csv").empty
