@@ -226,6 +226,7 @@ class Search(Strict):
     study: Name = Field(description="the study whose data and network are searched")
     arm: Literal["vae"] = "vae"
     latent_dim: Count
+    learning_rate: Positive = Field(1e-3, description="of Adam, before the schedule")
     seed: Seed = 0
     space: Space
     sampler: Sampler = Sampler()

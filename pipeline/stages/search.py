@@ -113,7 +113,8 @@ class Trials:
         l2 = trial.suggest_float("l2", space.l2.low, space.l2.high, log=True) if space.l2 else 0.0
         sigma2 = 1.0 if self.model.likelihood == "gaussian" else None
         search = self.search
-        return Cell(search.arm, beta, search.latent_dim, l2, sigma2, 1e-3, search.seed, 0, self.model, search.train)
+        rate = search.learning_rate
+        return Cell(search.arm, beta, search.latent_dim, l2, sigma2, rate, search.seed, 0, self.model, search.train)
 
     def tell(self, store: CellStore) -> None:
         """Distortion and rate of the kept weights on the validation set; a diverged trial is failed."""
