@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,7 +174,7 @@ class CellStore:
     def history(self, cell_ids: Iterable[str]) -> pd.DataFrame:
         """The histories of cells, one row a cell and history point."""
         parts = [pd.DataFrame({"cell_id": key, **self.record(key)["history"]}) for key in cell_ids]
-        return pd.concat(parts, ignore_index=True)
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["cell_id", "update"])
 
     def size(self, cell_id: str) -> int:
         """Bytes that a cell takes."""
@@ -246,12 +246,20 @@ class Prepared:
     class_names: tuple[str, ...] | None
     description: dict[str, Any]
 
+    def to(self, device: str) -> Prepared:
+        """The same data with every `x` on a device; labels stay."""
+        return replace(self, x={split: [part.to(device) for part in parts] for split, parts in self.x.items()})
+
 
 def save_prepared(folder: Path, data: Data, datasets: Sequence[Dataset]) -> None:
     """Writes one file a dataset, and their description last. Raises ConfigError if they differ in their number of features."""
     widths = sorted({x.shape[1] for dataset in datasets for x in dataset.x.values()})
     if len(widths) > 1:
         raise ConfigError(f"data.axes: all datasets of a study must have the same number of features, but got {widths}")
+    for split in ("validation", "test"):
+        rows = sorted({len(dataset.x[split]) for dataset in datasets})
+        if len(rows) > 1:
+            raise ConfigError(f"data.axes: all datasets of a study must have the same number of {split} rows, but got {rows}")
     for stale in folder.glob("*.safetensors"):
         stale.unlink()
     described = [
@@ -316,9 +324,10 @@ class TrainedStack(NamedTuple):
     dataset: int
 
 
-def finished_cells(folders: Folders, study: Study, data: Prepared, runtime: Runtime) -> dict[str, Cell]:
+def finished_cells(folders: Folders, study: Study, data: Prepared) -> dict[str, Cell]:
     """The study's cells that `train` has finished, by id. Raises ArtifactError where it trained other ones."""
-    manifest = read_table(folders.train / "manifest.csv")
+    manifest, about = read_table(folders.train / "manifest.csv"), read_json(folders.train / "about.json")
+    runtime = Runtime(device=about["device"], torch=about["torch"], precision=about["precision"])
     wanted = identify(cells(study), data.hashes, runtime)
     if list(manifest["cell_id"]) != list(wanted):
         raise ArtifactError(f"{folders.train}: holds other cells than the study has here; run `vaesweep train` again")

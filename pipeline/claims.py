@@ -69,17 +69,21 @@ def summarise(table: pd.DataFrame, by: Sequence[str], metrics: Sequence[str]) ->
 def paired_table(table: pd.DataFrame, same: Sequence[str], metric: str) -> pd.DataFrame:
     """Every other arm minus the plain AE that agrees with it on the columns `same` and the seed, over seeds.
 
-    One row for each value of `same`, arm and β: metric, seeds, difference, low, high. Empty without a plain AE.
+    One row for each value of `same`, arm and β: metric, seeds, difference, low, high, and the pairs with an unconverged cell
+    where the table knows that. Empty without a plain AE.
     """
     same = list(same)
     keys, by = [*same, "seed"], [*same, "arm", "beta"]
-    control = table.loc[table["arm"] == CONTROL, [*keys, metric]].rename(columns={metric: "control"})
+    table = table.assign(unconverged=table.get("unconverged", False))
+    names = {metric: "control", "unconverged": "control_unconverged"}
+    control = table.loc[table["arm"] == CONTROL, [*keys, *names]].rename(columns=names)
     if control.duplicated(keys).any():
         raise ValueError(f"columns {keys} must tell the plain AEs apart, but several agree on them: name further axes")
     pairs = table[table["arm"] != CONTROL].merge(control, on=keys)
     pairs["difference"] = pairs[metric].astype(float) - pairs["control"].astype(float)
+    pairs["unconverged"] = pairs["unconverged"].astype(bool) | pairs["control_unconverged"].astype(bool)
     means, halves, seeds = _over_seeds(pairs, by, ["difference"])
-    found = _counts(pairs, by)[by]
+    found = _counts(pairs, by)[[*by, "unconverged"]]
     found["metric"] = metric
     found["seeds"] = seeds["difference"].to_numpy()
     found["difference"] = means["difference"].to_numpy()

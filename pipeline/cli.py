@@ -41,6 +41,8 @@ def main(debug: bool) -> None:
 
     `dvc repro` runs all stages; each is a command here too.
     """
+    if "DVC_STAGE" in os.environ:
+        _die_with_dvc()
 
 
 @main.command()
@@ -68,8 +70,7 @@ def evaluate(study: str) -> None:
     """Measure a study's cells on the test set, clean and corrupted."""
     from pipeline.stages import evaluate as stage
 
-    with _dies_with_dvc():
-        stage.run(study)
+    stage.run(study)
 
 
 @main.command()
@@ -78,8 +79,7 @@ def prune(study: str) -> None:
     """Find out which latent dimensions a study's decoders use."""
     from pipeline.stages import prune as stage
 
-    with _dies_with_dvc():
-        stage.run(study)
+    stage.run(study)
 
 
 @main.command()
@@ -145,26 +145,26 @@ def ui(host: str, port: int) -> None:
 def _show(name: str, advances: Iterable[Advance]) -> None:
     """A progress bar of one study's training on a terminal; a line now and then where there is none."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
         return _show_lines(name, advances)
     columns = (
         TextColumn("[bold]{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         TextColumn("{task.fields[cells]} cells"),
-        MofNCompleteColumn(),
-        TextColumn("updates"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
+        TaskProgressColumn(),
+        TextColumn("of updates"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[clock]}"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"train {name}", total=None, cells="")
+        task = progress.add_task(f"train {name}", total=None, cells="", clock="")
         for advance in advances:
             cells = f"{advance.cells_done}/{advance.cells}"
-            progress.update(task, completed=advance.updates_done, total=advance.updates, cells=cells)
+            clock = "left" if advance.updates_done < advance.updates else "taken"
+            progress.update(task, completed=advance.updates_done, total=advance.updates, cells=cells, clock=clock)
 
 
 def _show_lines(name: str, advances: Iterable[Advance], every_seconds: float = 15.0) -> None:
@@ -190,37 +190,38 @@ def _stoppable() -> Iterator[Callable[[], int | None]]:
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with _dies_with_dvc():
-            yield lambda: asked[0] if asked else None
+        yield lambda: asked[0] if asked else None
+        if asked:  # after the last checkpoint could be taken; whoever asked must still be obeyed
+            from pipeline.executors import Interrupted
+
+            raise Interrupted(asked[0])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _dies_with_dvc() -> Iterator[None]:
-    """Ends this process when the `dvc` that started it is gone: killing `dvc repro` leaves its child running."""
-    if "DVC_STAGE" not in os.environ or (dvc := _dvc_ancestor()) is None:
-        yield
-        return
-    done = threading.Event()
+def _die_with_dvc() -> None:
+    """Ends this process once the `dvc` that started it is gone: killing `dvc repro` leaves its child running."""
+    import psutil
+
+    dvc = _dvc_ancestor()
+
+    def gone() -> bool:
+        # A process that nobody waits for stays a zombie, which psutil calls running.
+        return dvc is None or not dvc.is_running() or dvc.status() == psutil.STATUS_ZOMBIE
 
     def watch() -> None:
-        while not done.wait(PARENT_POLL_SECONDS):
-            if not dvc.is_running():
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+        while not gone():
+            time.sleep(PARENT_POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
 
 
 def _dvc_ancestor() -> Any:
-    """The nearest ancestor that is no shell; DVC starts a stage's command through one."""
+    """The nearest ancestor whose command line names DVC, which starts a stage's command through a shell; None if it is gone."""
     import psutil
 
-    shells = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
-    return next((parent for parent in psutil.Process().parents() if parent.name() not in shells), None)
+    with contextlib.suppress(psutil.Error):
+        return next((parent for parent in psutil.Process().parents() if any("dvc" in part for part in parent.cmdline())), None)
+    return None

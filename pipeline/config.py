@@ -55,7 +55,7 @@ Scalar = bool | int | float | str
 
 
 def axis(item: Any) -> Any:
-    """The type of a grid axis: one value or more, none of them twice."""
+    """The type of a grid axis: one value or more. (That none stands twice is checked by the models.)"""
     return Annotated[tuple[item, ...], Field(min_length=1)]
 
 
@@ -79,6 +79,13 @@ class Data(Strict):
 
     name: Name
     axes: dict[str, axis(Scalar)] = Field({}, description="options of the dataset that the grid varies: one dataset a value")
+
+    @model_validator(mode="after")
+    def _no_axis_value_twice(self) -> Data:
+        for name, values in self.axes.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"axes.{name}: no value may stand twice, but got {list(values)}")
+        return self
 
     @property
     def options(self) -> dict[str, Any]:
@@ -138,6 +145,12 @@ class Train(Strict):
     history_points: Annotated[int, Field(ge=10)] = Field(40, description="how often losses are recorded")
     keep: Literal["best", "last"] = Field("best", description="which weights are evaluated: best on validation, or last")
 
+    @model_validator(mode="after")
+    def _enough_updates(self) -> Train:
+        if self.updates < self.history_points:
+            raise ValueError(f"updates must be at least history_points, {self.history_points}, but got {self.updates}")
+        return self
+
 
 class Noise(Strict):
     """Corruption of the test inputs."""
@@ -159,6 +172,12 @@ class Evaluate(Strict):
     neighbours: Count = Field(5, description="k of the k-nearest-neighbour accuracy of the codes")
     active_threshold: Positive = Field(0.01, description="a unit is active if its mean varies more than this over the data")
 
+    @model_validator(mode="after")
+    def _each_kind_once(self) -> Evaluate:
+        if len({noise.kind for noise in self.noise}) < len(self.noise):
+            raise ValueError("each kind of noise may stand once, with all its levels")
+        return self
+
 
 class Study(Strict):
     """One question, one file: data, network, grid, budget, evaluation."""
@@ -179,8 +198,6 @@ class Study(Strict):
             raise ValueError("a Bernoulli likelihood has no σ², so the grid has no axis 'sigma2'")
         if self.size > MAX_CELLS:
             raise ValueError(f"the grid has {self.size} cells, at most {MAX_CELLS} are allowed")
-        if self.train.updates < self.train.history_points:
-            raise ValueError("train.updates must be at least train.history_points")
         return self
 
     @property
@@ -248,6 +265,9 @@ class Settings(Strict):
     def _names_are_distinct(self) -> Settings:
         if clash := set(self.studies) & set(self.searches):
             raise ValueError(f"a study and a search share the name {sorted(clash)[0]!r}")
+        for search, study in self.searches.items():
+            if study not in self.studies:
+                raise ValueError(f"searches.{search}: its study must be listed in studies, but got '{study}'")
         return self
 
 

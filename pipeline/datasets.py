@@ -132,6 +132,15 @@ def build(data: Data, root: Path) -> list[Dataset]:
         raise type(error)(f"dataset '{data.name}': {error}") from error
 
 
+def features(data: Data) -> int:
+    """How many features a row has; no file is read for it and nothing is downloaded. Raises ConfigError."""
+    check(data)
+    entry = DATASETS[data.name]
+    if entry.needs_files:
+        return 28 * 28
+    return entry.function(**dict(_options(data, data_points(data)[0]))).x["train"].shape[1]
+
+
 def without_download() -> list[str]:
     """The names of the datasets that need no files."""
     return sorted(name for name, entry in DATASETS.items() if not entry.needs_files)

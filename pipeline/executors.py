@@ -63,6 +63,27 @@ def choose_stack_size(cell: Cell, features: int, device: str) -> int:
     return max(2, free // 2 // bytes_per_cell(cell.model, features, cell.lanes, cell.train.batch_size))
 
 
+def plan_stacks(wanted: Mapping[str, Cell], features: int, device: str, size: int | None = None) -> list[list[str]]:
+    """Ids of the cells that will train together; `size` overrides the chosen number of cells."""
+    if not wanted:
+        return []
+    return stacks(wanted, size or min(choose_stack_size(cell, features, device) for cell in wanted.values()))
+
+
+def _check_targets(cells: Mapping[str, Cell], data: Prepared) -> None:
+    """A Bernoulli likelihood needs targets in [0, 1]. Raises VaesweepError."""
+    if any(cell.model.likelihood == "bernoulli" for cell in cells.values()):
+        low, high = (extreme(f(x).item() for x in data.x["train"]) for extreme, f in ((min, torch.min), (max, torch.max)))
+        if low < 0 or high > 1:
+            span = f"'{data.description.get('name')}' spans [{low:.3g}, {high:.3g}]"
+            raise VaesweepError(f"model.likelihood: 'bernoulli' needs data in [0, 1], but {span}")
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """torch raises OutOfMemoryError on a GPU only; on the CPU its allocator says so in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 class Inline:
     """Trains stack after stack in this process, from checkpoints where there are some."""
 
@@ -81,6 +102,7 @@ class Inline:
     def run(self, wanted: Mapping[str, Cell], data: Prepared) -> Iterator[Advance]:
         """Trains those wanted cells that the store lacks. Raises Interrupted after a checkpoint."""
         missing = {key: cell for key, cell in wanted.items() if key not in self.store}
+        _check_targets(missing, data)
         totals = len(missing), sum(cell.train.updates for cell in missing.values())
         cells_done = updates_done = 0
         for keys in self._stacks(missing, data.features):
@@ -92,23 +114,27 @@ class Inline:
 
     def _stacks(self, missing: dict[str, Cell], features: int) -> list[list[str]]:
         """Stacks with a checkpoint first, as they were; then the rest."""
-        resumed = [keys for keys in self.store.checkpoints() if all(key in missing for key in keys)]
-        begun = {key for keys in resumed for key in keys}
-        rest = {key: cell for key, cell in missing.items() if key not in begun}
-        if not rest:
-            return resumed
-        size = self.stack_size or min(choose_stack_size(cell, features, self.device) for cell in rest.values())
-        return resumed + stacks(rest, size)
+        rest, resumed = dict(missing), []
+        for keys in self.store.checkpoints():
+            if all(key in rest for key in keys):
+                resumed.append(keys)
+                rest = {key: cell for key, cell in rest.items() if key not in keys}
+        return resumed + plan_stacks(rest, features, self.device, self.stack_size)
 
     def _train(self, keys: list[str], cells: Mapping[str, Cell], data: Prepared) -> Iterator[int]:
         """Trains one stack into the store; yields the update reached. A stack that does not fit into memory is halved."""
         try:
             yield from self._train_whole(keys, cells, data)
-        except torch.OutOfMemoryError:
-            if len(keys) == 1:
-                raise VaesweepError("one cell alone does not fit into the device's memory") from None
-            for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
-                yield from self._train(half, cells, data)
+            return
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        # Outside the handler, whose traceback would keep the large stack's tensors alive.
+        torch.cuda.empty_cache()
+        if len(keys) == 1:
+            raise VaesweepError("one cell alone does not fit into the device's memory")
+        for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
+            yield from self._train(half, cells, data)
 
     def _train_whole(self, keys: list[str], cells: Mapping[str, Cell], data: Prepared) -> Iterator[int]:
         trainer = StackTrainer([cells[key] for key in keys], data.x["train"], data.x["validation"], self.device)
@@ -123,7 +149,7 @@ class Inline:
             if signal_number is not None:
                 raise Interrupted(signal_number)
             yield progress.update
-        for key, result in zip(keys, trainer.results(), strict=True):
+        for key, result in zip(keys, trainer.finish(), strict=True):
             self.store.save(key, result.record, result.weights)
         self.store.remove_checkpoint(keys)
 

@@ -2,7 +2,7 @@
 
     loss = mean over batch [ w · R(x, x̂) + β · P(μ, log σ²) ] + λ · Σ over weight matrices ‖W‖²
 
-The last term acts through its gradient 2λW alone, which the optimiser adds (Adam's coupled weight decay).
+The last term reaches the optimiser as its gradient 2λW (Adam's coupled weight decay), and the history as its value.
 """
 
 from __future__ import annotations
@@ -90,7 +90,13 @@ class Objective:
         self.reconstruction_weight = knob([cell.arm.reconstruction_weight for cell in cells])
         self.beta = knob([cell.beta or 0.0 for cell in cells])
         self.code_l2 = knob([cell.arm.penalty == "code_l2" for cell in cells])[:, None].bool()
+        self.penalised = knob([cell.arm.penalty != "none" for cell in cells])[:, None]
+        self.has_variance = knob([cell.arm.samples or cell.arm.penalty == "kl" for cell in cells])[:, None, None].bool()
         self.learns_sigma2 = knob([cell.sigma2 == "learned" for cell in cells]).bool()
+
+    def posterior(self, mu: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x), [stack, batch, lane]; log σ² is 0 where an arm never trains that head."""
+        return mu, torch.where(self.has_variance, log_variance, 0.0)
 
     def sample(self, mu: Tensor, log_variance: Tensor, epsilon: Tensor) -> Tensor:
         """z = μ + σ ⊙ ε where the arm samples, else z = μ. All [stack, batch, lane]; ε is masked already."""
@@ -103,11 +109,11 @@ class Objective:
         return gaussian_nll(output, target, torch.where(self.learns_sigma2, log_sigma2, log_sigma2.detach()))
 
     def penalty(self, mu: Tensor, log_variance: Tensor) -> Float[Tensor, "stack batch"]:
-        """P: the KL, or ½‖μ‖² in the arms that say so. An arm without penalty has β = 0."""
+        """P: the KL, or ½‖μ‖², or 0, as the arm says."""
         kl = kl_per_latent(mu, log_variance).sum(dim=-1)
-        return torch.where(self.code_l2, half_squared_norm(mu), kl)
+        return torch.where(self.code_l2, half_squared_norm(mu), kl) * self.penalised
 
     def terms(self, reconstruction: Tensor, penalty: Tensor, beta_factor: float = 1.0) -> Terms:
-        """Batch means and the loss without its λ term; `beta_factor` is where the β schedule stands."""
+        """Batch means, and the loss without its λ term; `beta_factor` is where the β schedule stands."""
         r, p = reconstruction.mean(dim=1), penalty.mean(dim=1)
         return Terms(self.reconstruction_weight * r + beta_factor * self.beta * p, r, p)

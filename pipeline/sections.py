@@ -339,7 +339,8 @@ def _paired_part(results: Results) -> str:
     ):
         strongest = group.sort_values("level").iloc[-1]
         there = f"{md.value(strongest['level'])}: {claims.with_bounds(_difference(strongest))}"
-        rows.append([_noise(kind), md.value(latent_dim), figures.arm_label(arm, beta), _verdicts_by_level(group), there])
+        label = figures.arm_label(arm, beta) + (f" †{strongest['unconverged']}" if strongest["unconverged"] else "")
+        rows.append([_noise(kind), md.value(latent_dim), label, _verdicts_by_level(group), there])
     caption = "Error minus that of the plain AE with the same latent dimension, λ and seed, with 95% intervals over seeds."
     picture = figure(f"{results.name}-paired", figures.paired_differences(paired), caption)
     header = ["noise", "latents", "arm", "against the plain AE, by noise level", "difference at the strongest level"]

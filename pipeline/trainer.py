@@ -102,7 +102,8 @@ class StackTrainer:
         self.wanted, self.cells = len(cells), cells if len(cells) > 1 else cells * 2
         self.config = cells[0].train
         self.train_x = torch.cat(train_x).to(device)
-        self.validation_x = torch.stack([_cycled(x, max(map(len, validation_x))) for x in validation_x]).to(device)
+        self.validation_x = torch.stack(validation_x).to(device)
+        self.l2 = torch.tensor([cell.l2 for cell in self.cells], device=device)[:, None]
         self.dataset = torch.tensor([cell.dataset for cell in self.cells], device=device)
         self.model = StackedAutoencoder(self.cells, self.train_x.shape[1], device).initialise()
         self.objective = Objective(self.cells, device)
@@ -149,7 +150,7 @@ class StackTrainer:
         return torch.stack(terms, dim=1).detach()
 
     def _terms(self, x: Tensor, epsilon: Tensor, beta_factor: float = 1.0) -> Any:
-        mu, log_variance = self.model.encode(x)
+        mu, log_variance = self.objective.posterior(*self.model.encode(x))
         output = self.model.decode(self.objective.sample(mu, log_variance, epsilon))
         reconstruction = self.objective.reconstruction(output, x, self.model.log_sigma2)
         return self.objective.terms(reconstruction, self.objective.penalty(mu, log_variance), beta_factor)
@@ -159,6 +160,8 @@ class StackTrainer:
         self.diverged_at = torch.where(diverges, self.update, self.diverged_at)
 
     def _clip(self, norm: float) -> None:
+        """Scales each cell's whole gradient, λ's part included, which Adam therefore does not add again."""
+        self.model.weights.grad.addcmul_(self.model.weights.value, 2 * self.l2)
         grads = self.model.weights.grad, self.model.biases.grad
         norms = sum(grad.square().sum(dim=1, keepdim=True) for grad in grads).sqrt()
         for grad in grads:
@@ -168,9 +171,12 @@ class StackTrainer:
     def _record(self, point: int, train_terms: Float[Tensor, "stack term"]) -> None:
         """History, freezing of diverged cells, and the best weights so far."""
         validation = self._validate()
-        self.history[point] = torch.cat([train_terms, validation], dim=1)
+        penalty = self.model.weights.value.square().mul(self.l2).sum(dim=1)
+        for terms in (train_terms, validation):
+            terms[:, 0] += penalty
         self._mark_diverged(validation[:, 0])
         dead = self.diverged_at >= 0
+        self.history[point] = torch.cat([train_terms, validation], dim=1).masked_fill(dead[:, None], torch.nan)
         if dead.any():
             self.optimizer.freeze(dead)
         keep = (validation[:, 0] < self.best_loss) if self.config.keep == "best" else ~dead
@@ -182,7 +188,7 @@ class StackTrainer:
 
     @torch.no_grad()
     def _validate(self) -> Float[Tensor, "stack term"]:
-        """Loss terms on the validation set, at the final β and with the same ε every time."""
+        """Loss terms on the validation set without the λ term, at the final β and with the same ε every time."""
         rows = self.validation_x.shape[1]
         epsilon = normals(self.batches.seeds, Stream.EVALUATION, 0, 4, rows, self.model.lanes)[:, 0]
         total = torch.zeros(len(self.cells), 3, device=self.train_x.device)
@@ -216,8 +222,8 @@ class StackTrainer:
                 tensor.copy_(state[name])
         self.optimizer.set_step(self.update)
 
-    def results(self) -> list[Result]:
-        """The cells as wanted, with the kept weights."""
+    def finish(self) -> list[Result]:
+        """Puts the kept weights in place, and returns the cells as wanted. Ends training."""
         for best, buffer in zip(self.best, (self.model.weights, self.model.biases), strict=True):
             buffer.value.copy_(best)
         history, best_loss = self.history.cpu(), self.best_loss.tolist()
@@ -249,11 +255,6 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _cycled(x: Tensor, rows: int) -> Tensor:
-    """Rows repeated in order up to `rows`, for validation sets of unequal size."""
-    return x[torch.arange(rows) % len(x)]
-
-
 class _Adam:
     """torch's fused Adam over rows of the two buffers: one group for each run of cells with equal learning rate and λ."""
 
@@ -267,7 +268,8 @@ class _Adam:
         groups, start = [], 0
         for (rate, l2), run in itertools.groupby(cells, key=lambda cell: (cell.learning_rate, cell.l2)):
             rows = slice(start, start := start + len(list(run)))
-            groups += [self._group("weights", rows, rate, 2 * l2), self._group("biases", rows, rate, 0.0)]
+            decay = 0.0 if cells[0].train.clip_norm else 2 * l2
+            groups += [self._group("weights", rows, rate, decay), self._group("biases", rows, rate, 0.0)]
         self.adam = torch.optim.Adam([group for group, _ in groups], fused=True)
         for group, state in groups:
             self.adam.state[group["params"][0]] = state

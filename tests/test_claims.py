@@ -87,7 +87,8 @@ def test_cells_of_one_seed_are_no_repetitions():
 def test_a_paired_table_is_the_paired_difference_of_every_other_arm():
     table = _table()
     found = claims.paired_table(table, ["latent_dim", "l2"], "m")
-    assert list(found.columns) == ["latent_dim", "l2", "arm", "beta", "metric", "seeds", "difference", "low", "high"]
+    columns = ["latent_dim", "l2", "arm", "beta", "unconverged", "metric", "seeds", "difference", "low", "high"]
+    assert list(found.columns) == columns
     assert len(found) == 4 and set(found["arm"]) == {"vae"} and set(found["metric"]) == {"m"} and set(found["seeds"]) == {4}
     row = found[(found["latent_dim"] == 2) & (found["beta"] == 4)].iloc[0]
     of = {key: group.set_index("seed")["m"] for key, group in table[table["latent_dim"] == 2].groupby("beta", dropna=False)}

@@ -60,7 +60,9 @@ MISTAKES = [
     ("seed: [0, 1]", "seed: [0, 0]", "grid.seed: no value may stand twice, but got [0, 0]"),
     ("seed: [0, 1]", "seed: [0, 1.5]", "grid.seed.1: Input should be a valid integer"),
     ("updates: 100", "updates: 100.5", "train.updates: Input should be a valid integer"),
-    ("updates: 100", "updates: 5", "train.updates must be at least train.history_points"),
+    ("updates: 100", "updates: 5", "train: updates must be at least history_points, 40, but got 5"),
+    ("kind: salt_and_pepper", "kind: gaussian", "evaluate: each kind of noise may stand once"),
+    ("name: uniform2d", "name: manifold, axes: {manifold_dim: [2, 2]}", "data: axes.manifold_dim: no value may stand twice"),
     ("kind: gaussian", "kind: gausian", "evaluate.noise.0.kind: Input should be"),
     ("[0, 0.5]", "[0, 1.5]", "evaluate.noise.1: levels of 'salt_and_pepper' are shares, at most 1"),
     ("likelihood: gaussian", "likelihood: bernoulli, sigma2: 1", "model.sigma2: unknown key"),
@@ -101,8 +103,14 @@ def test_hostile_names_are_refused(tmp_path, name):
 def test_settings_and_a_searchs_file_must_name_the_same_study(tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "kl.yaml").write_text((CONFIG_FOLDER / "kl_weight.yaml").read_text())
-    (tmp_path / "params.yaml").write_text("studies: [digits]\nsearches: {kl: pruning}\n")
+    (tmp_path / "params.yaml").write_text("studies: [digits, pruning]\nsearches: {kl: pruning}\n")
     with pytest.raises(ConfigError, match="searches.kl: its file names study 'digits', but got 'pruning'"):
+        load_settings(tmp_path / "params.yaml")
+
+
+def test_removing_a_study_that_a_search_needs_is_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text("studies: [pruning]\nsearches: {kl: digits}\n")
+    with pytest.raises(ConfigError, match="searches.kl: its study must be listed in studies, but got 'digits'"):
         load_settings(tmp_path / "params.yaml")
 
 

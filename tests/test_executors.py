@@ -1,3 +1,5 @@
+import weakref
+
 import pandas as pd
 import pytest
 import torch
@@ -80,12 +82,14 @@ def test_an_unreadable_checkpoint_only_costs_its_work(tmp_path, data, wanted):
 
 
 def test_a_stack_that_does_not_fit_is_halved(tmp_path, data, wanted, monkeypatch):
-    sizes, step = [], StackTrainer._step
+    sizes, large, step = [], [], StackTrainer._step
 
     def limited(self, *arguments):
         sizes.append(self.wanted)
         if self.wanted > 2:
+            large.append(weakref.ref(self))
             raise torch.OutOfMemoryError("planted")
+        assert all(trainer() is None for trainer in large), "the stack that did not fit still takes its memory"
         return step(self, *arguments)
 
     monkeypatch.setattr(StackTrainer, "_step", limited)
@@ -123,3 +127,12 @@ def test_the_gpu_takes_the_same_path(tmp_path, data, wanted):
     store = CellStore(tmp_path)
     list(Inline(store, device="cuda").run(wanted, data))
     assert all(store.record(key)["status"] == "finished" for key in wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cell_does_not_depend_on_its_neighbours_on_a_gpu(tmp_path, data, wanted):
+    whole, parts = CellStore(tmp_path / "whole"), CellStore(tmp_path / "parts")
+    list(Inline(whole, device="cuda").run(wanted, data))
+    list(Inline(parts, device="cuda", stack_size=2).run(wanted, data))
+    assert results(whole, wanted) == results(parts, wanted)

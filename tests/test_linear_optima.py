@@ -43,7 +43,7 @@ def trained(data):
     for cells in ([ae], vae):
         trainer = StackTrainer(cells, [data], [data[:500]])
         list(trainer.run())
-        trainer.results()
+        trainer.finish()
         found |= {(cell.arm_name, cell.beta): trainer.model.cell(row) for row, cell in enumerate(cells)}
     return found
 

@@ -68,7 +68,7 @@ def test_each_arm_has_its_terms(make_cell):
     mu, log_variance, epsilon = (torch.ones(5, 3, 2) * value for value in (1.0, 0.5, 1.0))
     z = objective.sample(mu, log_variance, epsilon)
     assert [bool((z[row] != mu[row]).any()) for row in range(5)] == [True, False, False, True, True]
-    reconstruction, penalty = torch.ones(5, 3), objective.penalty(mu, log_variance)
+    reconstruction, penalty = torch.ones(5, 3), objective.penalty(*objective.posterior(mu, log_variance))
     kl, code = kl_per_latent(mu, log_variance).sum(-1)[0, 0], half_squared_norm(mu)[0, 0]
     expected = torch.stack([1 + 2 * kl, torch.tensor(1.0), 1 + 2 * code, 1 + 2 * code, 2 * kl])
     torch.testing.assert_close(objective.terms(reconstruction, penalty).loss, expected)

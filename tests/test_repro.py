@@ -129,7 +129,7 @@ CHECKPOINTS_ALWAYS = """
 from functools import partial
 from pipeline import executors, tracking
 from pipeline.stages import train
-train.Inline = partial(executors.Inline, checkpoint_seconds=0, stack_size=2)
+train.Inline = partial(executors.Inline, checkpoint_seconds=0)
 tracking.publish = lambda **_: None
 train.run("tiny", lambda name, advances: list(advances))
 """
@@ -138,12 +138,12 @@ train.run("tiny", lambda name, advances: list(advances))
 def test_killed_again_and_again_ends_bit_identical(long_study):
     kills = 0
     while kills < 4:
-        process = training(long_study, sys.executable, "-c", CHECKPOINTS_ALWAYS.replace("stack_size=2", "stack_size=4"))
-        time.sleep(0.4 + 0.37 * kills)
+        process = training(long_study, sys.executable, "-c", CHECKPOINTS_ALWAYS)
+        time.sleep(0.3 + 0.4 * kills)
         process.kill()
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
         kills += 1
-    assert process.returncode == -signal.SIGKILL
     run(long_study, sys.executable, "-c", CHECKPOINTS_ALWAYS)
     broken = outputs(long_study)
     shutil.rmtree(long_study / ".vaesweep")

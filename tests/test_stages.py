@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import tracking
 from pipeline.artifacts import ArtifactError, CellStore, Folders, read_json, read_table, read_tensors
+from pipeline.config import VaesweepError
 from pipeline.stages import clean, evaluate, plan, prepare, prune, search, train
 
 STUDY = """
@@ -175,25 +176,46 @@ def test_search_reaches_its_target_count_and_a_second_start_trains_nothing(works
 def test_an_interrupted_search_goes_on_with_the_same_trials(workspace):
     from pipeline.executors import Interrupted
 
-    answers = iter([None] * 14 + [15] * 99)
-    with pytest.raises(Interrupted):
-        search.run("hunt", drive, lambda: next(answers))
+    for patience in (4, 14):
+        answers = iter([None] * patience + [15] * 99)
+        with pytest.raises(Interrupted):
+            search.run("hunt", drive, lambda answers=answers: next(answers))
     search.run("hunt", drive)
     trials = read_table(Folders("hunt").search / "trials.csv")
-    assert (trials["state"] == "complete").sum() == 5
-    failed = trials[trials["state"] == "failed"]
-    assert len(failed) == 2 and set(failed["cell_id"]) <= set(trials.loc[trials["state"] == "complete", "cell_id"])
+    for path in (workspace / "optuna.db", workspace / ".vaesweep"):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    search.run("hunt", drive)
+    pd.testing.assert_frame_equal(read_table(Folders("hunt").search / "trials.csv"), trials)
+
+
+def test_an_emptied_store_costs_a_search_its_training_and_nothing_else(workspace):
+    search.run("hunt", drive)
+    trials = read_table(Folders("hunt").search / "trials.csv")
+    shutil.rmtree(workspace / ".vaesweep")
+    search.run("hunt", drive)
+    pd.testing.assert_frame_equal(read_table(Folders("hunt").search / "trials.csv"), trials)
+
+
+def test_a_broken_search_storage_is_one_line(workspace):
+    (workspace / "optuna.db").write_text("this is no database, whatever its name says " * 50)
+    with pytest.raises(search.SearchError, match="optuna.db: cannot be opened"):
+        search.run("hunt", drive)
 
 
 def test_clean_removes_what_no_listed_study_uses(workspace):
     write(STUDY.replace("[1]}", "[1, 4]}"))
     train.run("tiny", drive)
     write()
-    train.run("tiny", drive)
-    assert clean.run(dry_run=True)[0] == 4 and len(list(CellStore())) == 12
+    with pytest.raises(ArtifactError, match="trials.csv: is missing"):
+        clean.run()
+    search.run("hunt", drive)
+    shutil.rmtree(Folders("tiny").train)  # as DVC does before it trains
+    assert clean.run(dry_run=True)[0] == 4 and len(list(CellStore())) == 17
     cells, size = clean.run()
     assert cells == 4 and size > 1000
-    assert set(CellStore()) == set(read_table(Folders("tiny").train / "manifest.csv")["cell_id"])
+    train.run("tiny", drive)
+    trials = read_table(Folders("hunt").search / "trials.csv")
+    assert set(CellStore()) == {*read_table(Folders("tiny").train / "manifest.csv")["cell_id"], *trials["cell_id"]}
 
 
 def test_plan_counts_cells_and_estimates_time_without_writing(workspace):
@@ -215,6 +237,13 @@ def test_a_changed_grid_must_be_trained_first(workspace):
     write(STUDY.replace("seed: [0, 1]", "seed: [0]"))
     with pytest.raises(ArtifactError, match="run `vaesweep train` again"):
         evaluate.run("tiny")
+
+
+def test_bernoulli_targets_outside_the_unit_range_are_refused(workspace):
+    write(STUDY.replace("digits5k, limit: 300, validation: 60, test: 60", "manifold, train: 200, validation: 50, test: 50"))
+    prepare.run("tiny")
+    with pytest.raises(VaesweepError, match="'bernoulli' needs data in \\[0, 1\\], but 'manifold' spans"):
+        train.run("tiny", drive)
 
 
 def test_a_study_in_which_every_cell_diverges_ends_well(workspace):

@@ -61,7 +61,7 @@ def loop(cell, x, updates):
 def assert_stack_equals_loop(cells, x):
     trainer = train(cells, x)
     for row, cell in enumerate(cells):
-        state = trainer.results()[row].weights
+        state = trainer.finish()[row].weights
         for name, reference in loop(cell, x, cell.train.updates).items():
             torch.testing.assert_close(state[name], reference, atol=2e-5, rtol=2e-4, msg=f"{cell.arm_name} {name}")
 
@@ -82,17 +82,18 @@ def test_the_stack_equals_the_loop_with_its_own_knobs(make_cell, pixels):
 
 def test_clipping_is_per_cell(make_cell, pixels):
     budget = {"updates": 24, "keep": "last", "clip_norm": 5.0}
-    assert_stack_equals_loop([make_cell(seed=seed, beta=beta, train=budget) for seed, beta in ((0, 1.0), (1, 50.0))], pixels)
+    knobs = ((0, 1.0, 0.0), (1, 50.0, 0.0), (2, 1.0, 0.5))
+    assert_stack_equals_loop([make_cell(seed=seed, beta=beta, l2=l2, train=budget) for seed, beta, l2 in knobs], pixels)
 
 
 @pytest.mark.parametrize("model", [{}, {"hidden": (80, 64), "activation": "tanh"}, {"likelihood": "gaussian", "hidden": ()}])
 def test_a_cell_does_not_depend_on_its_neighbours(make_cell, pixels, model):
     """Bit for bit, in any company and order, alone too."""
     wanted = make_cell(latent_dim=3, l2=1e-3, seed=3, model=model)
-    alone = train([wanted], pixels).results()[0]
+    alone = train([wanted], pixels).finish()[0]
     company = [make_cell(arm, latent_dim=4, seed=seed, model=model) for arm, seed in itertools.product(ARMS, (1, 3))]
-    same(train([*company[:4], wanted, *company[4:]], pixels).results()[4], alone)
-    same(train([wanted, *company[:2]], pixels).results()[0], alone)
+    same(train([*company[:4], wanted, *company[4:]], pixels).finish()[4], alone)
+    same(train([wanted, *company[:2]], pixels).finish()[0], alone)
 
 
 def test_a_cell_does_not_depend_on_the_number_of_threads_its_stack_uses(make_cell, pixels):
@@ -100,9 +101,9 @@ def test_a_cell_does_not_depend_on_the_number_of_threads_its_stack_uses(make_cel
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        single = train(cells, pixels).results()
+        single = train(cells, pixels).finish()
         torch.set_num_threads(3)
-        several = train(cells, pixels).results()
+        several = train(cells, pixels).finish()
     finally:
         torch.set_num_threads(threads)
     for one, other in zip(single, several, strict=True):
@@ -111,36 +112,37 @@ def test_a_cell_does_not_depend_on_the_number_of_threads_its_stack_uses(make_cel
 
 def test_permuting_the_stack_permutes_the_results(make_cell, pixels):
     cells = [make_cell(seed=seed, learning_rate=rate) for seed, rate in itertools.product(range(3), (1e-3, 1e-2))]
-    for one, other in zip(train(cells, pixels).results(), reversed(train(cells[::-1], pixels).results()), strict=True):
+    for one, other in zip(train(cells, pixels).finish(), reversed(train(cells[::-1], pixels).finish()), strict=True):
         same(one, other)
 
 
 def test_ae_equals_vae_at_beta_zero_without_sampling(make_cell, pixels, monkeypatch):
-    ae = train([make_cell("ae")], pixels).results()[0]
+    ae = train([make_cell("ae")], pixels).finish()[0]
     monkeypatch.setitem(__import__("pipeline.grid").grid.ARMS, "vae", make_cell("vae").arm._replace(samples=False))
-    vae = train([make_cell("vae", beta=0.0)], pixels).results()[0]
+    vae = train([make_cell("vae", beta=0.0)], pixels).finish()[0]
     assert all(torch.equal(ae.weights[name], vae.weights[name]) for name in ae.weights)
 
 
 def test_resumed_equals_uninterrupted(make_cell, pixels):
     cells = [make_cell(seed=seed, l2=1e-3, train={"updates": 60}) for seed in range(3)]
-    whole = train(cells, pixels).results()
+    whole = train(cells, pixels).finish()
     half = train(cells, pixels, stop_at=30)
     state = {name: tensor.clone() for name, tensor in half.state().items()}
     rest = StackTrainer(cells, [pixels], [pixels[:50]])
     rest.restore(state)
     assert [progress.update for progress in rest.run()] == list(range(36, 61, 6))
-    for one, other in zip(rest.results(), whole, strict=True):
+    for one, other in zip(rest.finish(), whole, strict=True):
         same(one, other)
 
 
 def test_a_diverged_cell_is_marked_and_the_others_go_on_untouched(make_cell, pixels):
     good = [make_cell(seed=seed) for seed in range(3)]
     bad = make_cell(seed=1, learning_rate=1e30)
-    results = train([*good[:2], bad, good[2]], pixels).results()
+    results = train([*good[:2], bad, good[2]], pixels).finish()
     assert results[2].record["status"] == "diverged" and results[2].weights is None
     assert 0 < results[2].record["diverged_at"] < 40
-    for one, other in zip([*results[:2], results[3]], train(good, pixels).results(), strict=True):
+    assert set(results[2].record["history"]["validation_loss"]) == {None}
+    for one, other in zip([*results[:2], results[3]], train(good, pixels).finish(), strict=True):
         same(one, other)
 
 
@@ -148,7 +150,7 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(make_cell, pixels)
     """A large network on 16 rows overfits, so that the best point is not the last."""
     budget = {"updates": 600, "history_points": 30, "batch_size": 16}
     record = (
-        train([make_cell("ae", learning_rate=1e-2, latent_dim=8, train=budget)], pixels[:16], pixels[100:]).results()[0].record
+        train([make_cell("ae", learning_rate=1e-2, latent_dim=8, train=budget)], pixels[:16], pixels[100:]).finish()[0].record
     )
     losses = record["history"]["validation_loss"]
     assert record["validation_loss"] == min(losses) < losses[-1]
@@ -166,12 +168,12 @@ def test_every_epoch_uses_every_row_once(make_cell):
 def test_datasets_of_a_stack_stay_apart(make_cell, pixels):
     cells = [dataclasses.replace(make_cell(seed=1), dataset=dataset) for dataset in (0, 1)]
     parts = [pixels[:120], pixels[120:]]
-    trainer = StackTrainer(cells, parts, [pixels[:20], pixels[:10]])
+    validation = [pixels[:20], pixels[20:40]]
+    trainer = StackTrainer(cells, parts, validation)
     list(trainer.run())
-    for dataset, result in enumerate(trainer.results()):
+    for dataset, result in enumerate(trainer.finish()):
         alone = dataclasses.replace(cells[dataset], dataset=0)
-        reference = train([alone], parts[dataset], pixels[: 20 - 10 * dataset]).results()[0]
-        assert all(torch.equal(result.weights[name], reference.weights[name]) for name in result.weights)
+        same(result, train([alone], parts[dataset], validation[dataset]).finish()[0])
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -189,8 +191,28 @@ def test_still_falling_tells_a_slope_from_a_plateau():
 
 
 def test_history_has_the_objectives_terms(make_cell, pixels):
-    record = train([make_cell(beta=2.0)], pixels).results()[0].record["history"]
+    record = train([make_cell(beta=2.0)], pixels).finish()[0].record["history"]
     assert set(record) == {"update", *HISTORY}
     for part in ("train", "validation"):
         terms = zip(record[f"{part}_loss"], record[f"{part}_reconstruction"], record[f"{part}_penalty"], strict=True)
         assert all(loss == pytest.approx(r + 2 * p, rel=1e-5) for loss, r, p in terms)
+
+
+def test_the_recorded_loss_holds_the_weights_penalty(make_cell, pixels):
+    cell = make_cell(l2=0.01, train={"keep": "last"})
+    trainer = train([cell], pixels)
+    result = trainer.finish()[0]
+    history = {name: values[-1] for name, values in result.record["history"].items()}
+    norm = sum(value.square().sum().item() for name, value in result.weights.items() if name.endswith("weight"))
+    data_terms = history["validation_reconstruction"] + history["validation_penalty"]
+    assert history["validation_loss"] == pytest.approx(data_terms + 0.01 * norm, rel=1e-5)
+
+
+def test_an_untrained_variance_head_cannot_overflow_into_an_arm_that_ignores_it(make_cell, pixels):
+    cells = [make_cell("ae"), make_cell("ae_code_l2")]
+    trainer = StackTrainer(cells, [pixels], [pixels[:50]])
+    trainer.model.layers[trainer.model.depth].bias.data[..., trainer.model.lanes :] = 500.0
+    list(trainer.run())
+    results = trainer.finish()
+    assert [result.record["status"] for result in results] == ["finished", "finished"]
+    assert set(results[0].record["history"]["validation_penalty"]) == {0.0}

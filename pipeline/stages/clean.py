@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pandas as pd
-
-from pipeline.artifacts import CellStore, Folders, read_table
-from pipeline.config import load_settings
+from pipeline.artifacts import CellStore, Folders, load_prepared, read_table
+from pipeline.config import load_settings, load_study
+from pipeline.executors import find_runtime
+from pipeline.grid import cells, identify
 
 
 def run(dry_run: bool = False) -> tuple[int, int]:
-    """Returns how many cells go and how many bytes they take. Raises ArtifactError while training holds the store."""
-    store, used = CellStore(), set(_used())
+    """Returns how many cells go and how many bytes they take.
+
+    Raises ArtifactError, and removes nothing, while training holds the store or where it is not known what a study uses.
+    """
+    store = CellStore()
     with store.lock("clean"):
+        used = set(_used())
         superseded = [key for key in store if key not in used]
         size = sum(store.size(key) for key in superseded)
         if not dry_run:
@@ -26,10 +30,11 @@ def run(dry_run: bool = False) -> tuple[int, int]:
 
 
 def _used() -> Iterator[str]:
-    """Ids that stand in the tables of the listed studies and searches."""
+    """Ids of every cell that a listed study wants, trained or not, and of every trial of a listed search."""
     settings = load_settings()
-    tables = [Folders(name).train / "manifest.csv" for name in settings.studies]
-    tables += [Folders(name).search / "trials.csv" for name in settings.searches]
-    for path in tables:
-        table = read_table(path) if path.is_file() else pd.DataFrame({"cell_id": []})
-        yield from table["cell_id"]
+    runtime = find_runtime(settings.device)
+    for name in settings.studies:
+        study = load_study(name)
+        yield from identify(cells(study), load_prepared(Folders(name).prepared, study.data).hashes, runtime)
+    for name in settings.searches:
+        yield from read_table(Folders(name).search / "trials.csv")["cell_id"]

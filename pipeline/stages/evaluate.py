@@ -26,7 +26,7 @@ from pipeline.artifacts import (
     write_table,
     write_tensors,
 )
-from pipeline.config import Study, load_settings, load_study
+from pipeline.config import ARMS, Study, load_settings, load_study
 from pipeline.datasets import corrupt
 from pipeline.executors import find_runtime
 from pipeline.grid import AXES, Cell
@@ -46,14 +46,15 @@ Rows = list[dict[str, Any]]
 def run(name: str) -> None:
     """Writes `runs/<name>/evaluate/`. Raises VaesweepError."""
     study, folder = load_study(name), Folders(name).evaluate
-    data, runtime = load_prepared(Folders(name).prepared, study.data), find_runtime(load_settings().device)
-    finished = finished_cells(Folders(name), study, data, runtime)
+    device = find_runtime(load_settings().device).device
+    data = load_prepared(Folders(name).prepared, study.data).to(device)
+    finished = finished_cells(Folders(name), study, data)
     manifest = read_table(Folders(name).train / "manifest.csv")
     best = _best(name, manifest[manifest["status"] == "finished"])
     shutil.rmtree(folder, ignore_errors=True)
     rows: dict[str, Rows] = {"metrics": [], "latents": [], "noise": []}
-    for trained in trained_stacks(Folders(name), finished, data.features, runtime.device):
-        stack = _with_codes(trained, data, runtime.device)
+    for trained in trained_stacks(Folders(name), finished, data.features, device):
+        stack = _with_codes(trained, data)
         for table, found in _measure(stack, study).items():
             rows[table] += found
         _save_best(name, stack, set(best["cell_id"]))
@@ -76,7 +77,8 @@ def _best(name: str, finished: pd.DataFrame) -> pd.DataFrame:
     """
     history = read_table(Folders(name).train / "history.csv").rename(columns={"update": "evaluated_update"})
     kept = finished.merge(history, on=["cell_id", "evaluated_update"])
-    penalty = kept["validation_penalty"].where(kept["arm"].isin(["vae", "kl_only"]), 0.0)
+    has_kl = kept["arm"].map(lambda arm: ARMS[arm].penalty == "kl")
+    penalty = kept["validation_penalty"].where(has_kl, 0.0)
     kept = kept.assign(score=kept["validation_reconstruction"] + penalty).sort_values(["score", "cell_id"])
     best = kept.groupby(["arm", "latent_dim", "dataset"]).head(1).sort_values(["arm", "latent_dim", "dataset"])
     return best[["cell_id", "arm", "latent_dim", "dataset", "beta", "l2", "seed", "score"]]
@@ -93,8 +95,8 @@ class Measured(NamedTuple):
     codes: dict[str, Float[Tensor, "stack _ lane"]]
 
 
-def _with_codes(stack: TrainedStack, data: Prepared, device: str) -> Measured:
-    x = {split: data.x[split][stack.dataset].to(device) for split in ("train", "test")}
+def _with_codes(stack: TrainedStack, data: Prepared) -> Measured:
+    x = {split: data.x[split][stack.dataset] for split in ("train", "test")}
     labels = {split: data.labels[split][stack.dataset] for split in x} if data.labels else None
     return Measured(stack.keys, stack.model, data, x, labels, {split: _codes(stack.model, rows) for split, rows in x.items()})
 
@@ -138,7 +140,7 @@ def _likelihood_terms(stack: Measured) -> dict[str, Tensor]:
     reconstruction = kl = 0.0
     for rows in torch.arange(len(x), device=x.device).split(ROWS):
         batch = x[rows].expand(len(model.cells), -1, -1)
-        mu, log_variance = model.encode(batch)
+        mu, log_variance = objective.posterior(*model.encode(batch))
         output = model.decode(objective.sample(mu, log_variance, epsilon[index][:, rows] * model.mask))
         reconstruction += objective.reconstruction(output, batch, model.log_sigma2).sum(dim=1)
         kl += kl_per_latent(mu, log_variance).sum(dim=1)
@@ -197,7 +199,7 @@ def _corrupted(x: Tensor, kind: str, level: float, clip: bool) -> Tensor:
 def _pca(data: Prepared, study: Study) -> Iterator[dict[str, Any]]:
     """PCA of every dataset and latent dimension: the linear code that autoencoders should beat."""
     for index, point in enumerate(data.points):
-        x = {split: data.x[split][index] for split in ("train", "test")}
+        x = {split: data.x[split][index].cpu() for split in ("train", "test")}
         labels = {split: data.labels[split][index] for split in x} if data.labels else None
         for dim in sorted(set(study.grid.latent_dim)):
             yield from ({**point, "latent_dim": dim, **row} for row in _pca_rows(x, labels, dim, study, data.unit_range))
@@ -238,8 +240,9 @@ def _over_seeds(measured: pd.DataFrame, noise: pd.DataFrame, data_axes: list[str
     names = [column for column in measured.columns if "/" in column]
     summary = claims.summarise(measured, ["arm", *data_axes, *AXES], names)
     clean = measured.rename(columns={"test/mse": "mse_clean"}).assign(noise="clean", level=0.0)
-    columns = ["arm", *data_axes, *AXES, "seed", "noise", "level", "mse_clean"]
+    columns = ["cell_id", "arm", *data_axes, *AXES, "seed", "noise", "level", "mse_clean"]
     both = pd.concat([table[columns] for table in (clean, noise) if not table.empty], ignore_index=True)
+    both = both.merge(measured[["cell_id", "unconverged"]], on="cell_id")
     same = [*data_axes, *(axis for axis in AXES if axis != "beta"), "noise", "level"]
     return {"summary": summary, "paired": claims.paired_table(both, same, "mse_clean")}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 import time
 from collections import Counter
 
@@ -12,10 +11,10 @@ import torch
 from tabulate import tabulate
 
 from pipeline import datasets
-from pipeline.artifacts import ArtifactError, CellStore, Folders, Prepared, load_prepared, main_checkout
+from pipeline.artifacts import ArtifactError, CellStore, Folders, Prepared, load_prepared
 from pipeline.config import CONFIG_FOLDER, ConfigError, Study, load_settings, load_study
-from pipeline.executors import bytes_per_cell, choose_stack_size, find_runtime
-from pipeline.grid import Cell, Runtime, cells, data_points, identify, parameter_count, stacks
+from pipeline.executors import bytes_per_cell, find_runtime, plan_stacks
+from pipeline.grid import Cell, Runtime, cells, data_points, identify, parameter_count
 from pipeline.trainer import StackTrainer
 
 MEASURED_UPDATES = 12
@@ -29,8 +28,7 @@ def run(name: str) -> str:
     data = _prepared(name, study)
     features = data.features if data else _features(name, study)
     missing = _missing(wanted, data, runtime)
-    size = settings.stack_size or min(choose_stack_size(cell, features, runtime.device) for cell in wanted)
-    groups = stacks(missing, size)
+    groups = plan_stacks(missing, features, runtime.device, settings.stack_size)
     rows = [*_grid_rows(study, wanted, missing), *_cost_rows(study, wanted, missing, groups, features, runtime)]
     text = tabulate([(label, value) for label, value in rows], tablefmt="plain")
     return f"{name}: {study.title}\n\n{text}\n\n{_defaults(study)}"
@@ -44,10 +42,9 @@ def _prepared(name: str, study: Study) -> Prepared | None:
 
 
 def _features(name: str, study: Study) -> int:
-    """The width of data that is not prepared yet: it is made or read, and not kept."""
+    """The width of data that is not prepared yet."""
     try:
-        root = datasets.data_root(load_settings().data_root, main_checkout())
-        return datasets.build(study.data, root)[0].x["train"].shape[1]
+        return datasets.features(study.data)
     except ConfigError as error:
         raise ConfigError(f"{CONFIG_FOLDER / name}.yaml: {error}") from None
 
@@ -96,16 +93,16 @@ def _cost_rows(
 
 
 def _seconds(group: list[str], cells: dict[str, Cell], features: int, device: str) -> float:
-    """Training time of one stack, from the median of a few updates on random data."""
+    """Training time of one stack, from a few updates on random data after some to warm up."""
     members = [dataclasses.replace(cells[key], dataset=0) for key in group]
-    config = members[0].train.model_copy(update={"updates": MEASURED_UPDATES, "history_points": MEASURED_UPDATES})
+    config = members[0].train.model_copy(update={"updates": MEASURED_UPDATES, "history_points": 3})
     x = torch.rand(MEASURED_ROWS, features)
     trainer = StackTrainer([dataclasses.replace(cell, train=config) for cell in members], [x], [x[:1]], device)
     times = [time.perf_counter()]
     for _ in trainer.run():
         times.append(time.perf_counter())
     steps = [after - before for before, after in itertools.pairwise(times)]
-    return statistics.median(steps[2:]) * members[0].train.updates
+    return min(steps[1:]) / (MEASURED_UPDATES / 3) * members[0].train.updates
 
 
 def _duration(seconds: float) -> str:
@@ -115,7 +112,7 @@ def _duration(seconds: float) -> str:
 def _defaults(study: Study) -> str:
     """Every setting of the study, those that it leaves to their defaults too."""
     lines = []
-    for section in ("data", "model", "grid", "train", "evaluate"):
+    for section in Study.sections:
         for field, value in getattr(study, section).model_dump(mode="json").items():
             lines.append((f"{section}.{field}", "" if value is None else value))
     return tabulate(lines, headers=("setting", "value"), tablefmt="simple", maxcolwidths=[None, 100])

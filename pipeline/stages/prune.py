@@ -29,11 +29,12 @@ Rows = list[dict[str, Any]]
 def run(name: str) -> None:
     """Writes `runs/<name>/prune/`. Raises VaesweepError."""
     study, folder = load_study(name), Folders(name).prune
-    data, runtime = load_prepared(Folders(name).prepared, study.data), find_runtime(load_settings().device)
-    finished = finished_cells(Folders(name), study, data, runtime)
+    device = find_runtime(load_settings().device).device
+    data = load_prepared(Folders(name).prepared, study.data).to(device)
+    finished = finished_cells(Folders(name), study, data)
     tables: dict[str, Rows] = {"columns": [], "ablation": [], "summary": []}
-    for keys, model, dataset in trained_stacks(Folders(name), finished, data.features, runtime.device):
-        x = data.x["test"][dataset][:ROWS].to(runtime.device)
+    for keys, model, dataset in trained_stacks(Folders(name), finished, data.features, device):
+        x = data.x["test"][dataset][:ROWS]
         for table, rows in _analyse(keys, model, x, study).items():
             tables[table] += rows
     shutil.rmtree(folder, ignore_errors=True)

@@ -34,43 +34,62 @@ def run(name: str, show: Callable[[str, Iterable[Advance]], None], stop: Callabl
     data, runtime, store = load_prepared(Folders(search.study).prepared, study.data), find_runtime(settings.device), CellStore()
     if len(data.hashes) > 1:
         raise SearchError(f"configs/{name}.yaml: study: must have one dataset, but '{search.study}' has {len(data.hashes)}")
-    trials = Trials(name, search, study, data, runtime)
     with store.lock(f"search {name}"):
+        trials = Trials(name, search, study, data, runtime)
         executor = Inline(store, runtime.device, settings.stack_size or search.batch, stop)
-        while batch := trials.ask():
-            label = f"{name} {trials.finished + len(batch)}/{search.trials}"
-            show(label, executor.run(batch, data))
+        show(name, executor.run(trials.told(), data))  # cells of earlier trials, if somebody emptied the store
+        while batch := trials.running() or trials.ask():
+            show(f"{name} {trials.finished + len(batch)}/{search.trials}", executor.run(batch, data))
             trials.tell(store)
-    _write(name, search, trials, store, runtime)
+        _write(name, search, trials, store, runtime)
     tracking.publish(searches=[name])
 
 
 class Trials:
-    """The trials of one search in Optuna's storage, and the cells that they are."""
+    """The trials of one search in Optuna's storage, and the cells that they are.
+
+    What an interrupted start left running is trained and told by the next one, so a search ends as if nothing had stopped it.
+    """
 
     def __init__(self, name: str, search: Search, study: Study, data: Prepared, runtime: Runtime):
+        self.search, self.model, self.data_hash, self.runtime = search, study.model, data.hashes[0], runtime
+        self.sigma2 = study.grid.sigma2[0] if study.model.likelihood == "gaussian" else None
+        self.study = self._open(name)
+        for trial in self._in_state("RUNNING"):
+            if "cell_id" not in trial.user_attrs:  # it was interrupted while its parameters were drawn
+                self.study.tell(trial.number, state=trial.state.FAIL)
+
+    def _open(self, name: str) -> optuna.Study:
+        """The study in Optuna's storage; another recipe is another study. Raises SearchError."""
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.search, self.model, self.data_hash, self.runtime = search, study.model, data.hashes[0], runtime
-        recipe = json.dumps(
-            [search.model_dump(mode="json"), study.model.model_dump(mode="json"), self.data_hash, ENGINE_VERSION]
-        )
-        self.study = optuna.create_study(
-            storage=f"sqlite:///{main_checkout() / 'optuna.db'}",
-            study_name=f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}",  # another recipe is another study
-            directions=["minimize", "minimize"],
-            load_if_exists=True,
-        )
-        self.study.sampler = self._sampler(len(self.study.trials))
-        self.asked: dict[str, list[optuna.Trial]] = {}
-        self._retry_stale()
+        recipe = [
+            self.search.model_dump(mode="json", exclude={"title", "trials"}),
+            self.model.model_dump(mode="json"),
+            self.data_hash,
+            [self.runtime.device, ".".join(self.runtime.torch.split(".")[:2]), self.runtime.precision, ENGINE_VERSION],
+        ]
+        path = main_checkout() / "optuna.db"
+        try:
+            return optuna.create_study(
+                storage="sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F"),
+                study_name=f"{name}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]}",
+                directions=["minimize", "minimize"],
+                load_if_exists=True,
+            )
+        except (SQLAlchemyError, RuntimeError, optuna.exceptions.OptunaError) as error:
+            raise SearchError(f"{path}: cannot be opened: {str(error).splitlines()[0]}") from error
 
-    def _sampler(self, trials_before: int) -> optuna.samplers.BaseSampler:
-        """A sampler of its own for each start: with the same seed, a resumed one would propose its first trials again."""
+    def _in_state(self, *names: str) -> list[optuna.trial.FrozenTrial]:
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.name in names]
+
+    def _sampler(self) -> optuna.samplers.BaseSampler:
+        """A sampler for one batch, seeded by how many trials went before: a resumed search goes on as it would have."""
         import optuna.samplers as samplers
 
-        seed = self.search.sampler.seed + trials_before
+        seed = self.search.sampler.seed + len(self.study.trials)
         return {
             "tpe": lambda: samplers.TPESampler(seed=seed, n_startup_trials=self.search.batch, constant_liar=True),
             "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=self.search.batch),
@@ -78,65 +97,71 @@ class Trials:
             "random": lambda: samplers.RandomSampler(seed=seed),
         }[self.search.sampler.kind]()
 
-    def _retry_stale(self) -> None:
-        """Trials that an interrupted start left running are failed, and their parameters are asked again first."""
-        import optuna
-
-        for trial in self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
-            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            if trial.params:
-                self.study.enqueue_trial(trial.params)
-
     @property
     def finished(self) -> int:
-        import optuna
+        """How many trials have values."""
+        return len(self._in_state("COMPLETE"))
 
-        return len(self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
+    def told(self) -> dict[str, Cell]:
+        """Cells of the finished trials, by id."""
+        return {trial.user_attrs["cell_id"]: self._cell(trial.params) for trial in self._in_state("COMPLETE")}
+
+    def running(self) -> dict[str, Cell]:
+        """Cells of the trials that were asked and not told, by id."""
+        return {trial.user_attrs["cell_id"]: self._cell(trial.params) for trial in self._in_state("RUNNING")}
 
     def ask(self) -> dict[str, Cell]:
         """The next batch of trials as cells by their ids; nothing once the target count is finished."""
         wanted = min(self.search.batch, self.search.trials - self.finished)
-        if wanted > 0 and len(self.study.trials) + wanted > MOST_ASKED * self.search.trials + self.search.batch:
-            raise SearchError(f"{self.study.study_name}: {len(self.study.trials)} trials gave {self.finished} finished ones")
-        batch: dict[str, Cell] = {}
-        for trial in (self.study.ask() for _ in range(wanted)):
-            cell = self._cell(trial)
-            key = cell_id(cell, self.data_hash, self.runtime)
-            trial.set_user_attr("cell_id", key)
-            batch[key] = cell
-            self.asked.setdefault(key, []).append(trial)
-        return batch
+        asked = len(self.study.trials)
+        if wanted > 0 and asked + wanted > MOST_ASKED * self.search.trials + self.search.batch:
+            raise SearchError(f"{self.study.study_name}: {asked} trials gave only {self.finished} finished ones")
+        self.study.sampler = self._sampler()
+        for _ in range(wanted):
+            self._ask(batch=asked)
+        return self.running()
 
-    def _cell(self, trial: optuna.Trial) -> Cell:
-        space = self.search.space
-        beta = trial.suggest_float("beta", space.beta.low, space.beta.high, log=True)
-        l2 = trial.suggest_float("l2", space.l2.low, space.l2.high, log=True) if space.l2 else 0.0
-        sigma2 = 1.0 if self.model.likelihood == "gaussian" else None
+    def _ask(self, batch: int) -> None:
+        trial, space = self.study.ask(), self.search.space
+        for name, limits in (("beta", space.beta), ("l2", space.l2)):
+            if limits:
+                trial.suggest_float(name, limits.low, limits.high, log=True)
+        trial.set_user_attr("batch", batch)
+        trial.set_user_attr("cell_id", cell_id(self._cell(trial.params), self.data_hash, self.runtime))
+
+    def _cell(self, params: dict[str, float]) -> Cell:
         search = self.search
-        rate = search.learning_rate
-        return Cell(search.arm, beta, search.latent_dim, l2, sigma2, rate, search.seed, 0, self.model, search.train)
+        return Cell(
+            arm_name=search.arm,
+            beta=params["beta"],
+            latent_dim=search.latent_dim,
+            l2=params.get("l2", 0.0),
+            sigma2=self.sigma2,
+            learning_rate=search.learning_rate,
+            seed=search.seed,
+            dataset=0,
+            model=self.model,
+            train=search.train,
+        )
 
     def tell(self, store: CellStore) -> None:
         """Distortion and rate of the kept weights on the validation set; a diverged trial is failed."""
-        import optuna
+        for trial in self._in_state("RUNNING"):
+            record = store.record(trial.user_attrs["cell_id"])
+            history = record["history"]
+            if record["status"] == "diverged":
+                self.study.tell(trial.number, state=trial.state.FAIL)
+            else:
+                point = history["update"].index(record["evaluated_update"])
+                self.study.tell(trial.number, [history[objective][point] for objective in (DISTORTION, RATE)])
 
-        for key, trials in self.asked.items():
-            record = store.record(key)
-            for trial in trials:
-                if record["status"] == "diverged":
-                    self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                else:
-                    point = record["history"]["update"].index(record["evaluated_update"])
-                    self.study.tell(trial, [record["history"][objective][point] for objective in (DISTORTION, RATE)])
-        self.asked = {}
-
-    def table(self) -> pd.DataFrame:
-        """One row a trial that ended with a cell, in the order in which they were asked."""
+    def table(self, store: CellStore) -> pd.DataFrame:
+        """One row a trial, in the order in which they were asked."""
         front = {trial.number for trial in self.study.best_trials}
-        ended = [trial for trial in self.study.get_trials(deepcopy=False) if "cell_id" in trial.user_attrs]
-        return pd.DataFrame([self._row(trial, front) for trial in ended if trial.state.is_finished()])
+        ended = [trial for trial in self._in_state("COMPLETE", "FAIL") if "cell_id" in trial.user_attrs]
+        return pd.DataFrame([self._row(trial, front, store) for trial in ended])
 
-    def _row(self, trial: optuna.trial.FrozenTrial, front: set[int]) -> dict[str, Any]:
+    def _row(self, trial: optuna.trial.FrozenTrial, front: set[int], store: CellStore) -> dict[str, Any]:
         distortion, rate = trial.values or (None, None)
         return {
             "number": trial.number,
@@ -147,16 +172,17 @@ class Trials:
             "distortion": distortion,
             "rate": rate,
             "on_front": trial.number in front,
-            "batch": trial.number // self.search.batch,
+            "unconverged": store.record(trial.user_attrs["cell_id"])["unconverged"],
+            "batch": trial.user_attrs["batch"],
         }
 
 
 def _write(name: str, search: Search, trials: Trials, store: CellStore, runtime: Runtime) -> None:
     folder = Folders(name).search
     shutil.rmtree(folder, ignore_errors=True)
-    table = trials.table()
+    table = trials.table(store)
     write_table(folder / "trials.csv", table)
-    write_table(folder / "history.csv", store.history(key for key in dict.fromkeys(table["cell_id"]) if key in store))
+    write_table(folder / "history.csv", store.history(dict.fromkeys(table["cell_id"])))
     about = {
         "search": name,
         "title": search.title,

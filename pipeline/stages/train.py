@@ -24,7 +24,7 @@ def run(name: str, show: Show, stop: Callable[[], int | None] = lambda: None) ->
     wanted = identify(cells(study), data.hashes, runtime)
     with store.lock(f"training study {name}"):
         show(name, Inline(store, runtime.device, settings.stack_size, stop).run(wanted, data))
-    _assemble(name, study, wanted, data, runtime, store)
+        _assemble(name, study, wanted, data, runtime, store)
     tracking.publish(studies=[name])
 
 
