@@ -6,7 +6,7 @@ import contextlib
 
 from pipeline import datasets
 from pipeline.artifacts import Folders, main_checkout, save_prepared
-from pipeline.config import CONFIG_FOLDER, ConfigError, Settings, load_settings, load_study
+from pipeline.config import CONFIG_FOLDER, ConfigError, load_settings, load_study
 
 
 def run(name: str) -> None:
@@ -18,14 +18,14 @@ def run(name: str) -> None:
     except ConfigError as error:
         raise ConfigError(f"{CONFIG_FOLDER / name}.yaml: {error}") from None
     except datasets.MissingFilesError as error:
-        raise datasets.MissingFilesError(f"{error}; studies that need none: {', '.join(_offline_studies(settings))}") from error
+        raise datasets.MissingFilesError(f"{error}; studies that need none: {', '.join(_offline_studies())}") from error
 
 
-def _offline_studies(settings: Settings) -> list[str]:
-    """The studies of `params.yaml` whose data comes with the packages or is generated."""
+def _offline_studies() -> list[str]:
+    """The studies in `configs/` whose data comes with the packages or is generated."""
     found = []
-    for name in settings.studies:
+    for path in sorted(CONFIG_FOLDER.glob("*.yaml")):
         with contextlib.suppress(ConfigError):
-            if load_study(name).data.name in datasets.without_download():
-                found.append(name)
+            if load_study(path.stem).data.name in datasets.without_download():
+                found.append(path.stem)
     return found
