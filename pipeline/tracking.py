@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts import ArtifactError, Folders, main_checkout, read_json, read_table, read_tensors, sha256
-from pipeline.config import CONFIG_FOLDER, Scalar, VaesweepError, load_study
+from pipeline.config import CONFIG_FOLDER, Grid, Scalar, VaesweepError, load_study
 from pipeline.model import Autoencoder
 
 KEY = "run_key"
@@ -609,8 +609,7 @@ def _params(row: dict[str, Any]) -> dict[str, Scalar]:
     return params
 
 
-DEFAULTS = {"sigma2": 1.0, "learning_rate": 1e-3}
-"""Of the schema in `config`."""
+DEFAULTS = {axis: Grid.model_fields[axis].default[0] for axis in ("sigma2", "learning_rate")}
 
 
 def _name(params: dict[str, Scalar]) -> str:
@@ -644,8 +643,11 @@ def search_records(name: str) -> tuple[ParentRecord, list[RunRecord]]:
 
 
 def _trial_record(search: str, row: dict[str, Any], about: dict[str, Any], curves: pd.DataFrame | None) -> RunRecord:
-    asked = {"latent_dim": about["latent_dim"], "beta": row["beta"], "l2": row["l2"], "updates": about["updates"]}
-    tags = {"search": search, "study": about["study"], **_tags(row, "cell_id", "number", "state", "on_front", "batch")}
+    asked = {"beta": row["beta"], "l2": row["l2"]} | {
+        key: about[key] for key in ("latent_dim", "learning_rate", "seed", "updates")
+    }
+    shown = _tags(row, "cell_id", "number", "state", "unconverged", "on_front", "batch")
+    tags = {"search": search, "study": about["study"], **shown}
     return RunRecord(
         key=f"{row['cell_id']}-{row['number']}",  # a trial that was retried has the cell of another one
         name=f"trial {row['number']} β={row['beta']:.3g} λ={row['l2']:.3g}",

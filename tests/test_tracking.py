@@ -515,16 +515,18 @@ def test_a_diverged_cell_says_where(workspace):
 
 def test_trials_are_runs_also_where_a_retry_has_the_same_cell(workspace):
     folder = Folders("kl_weight").search
-    row = {"cell_id": "a", "beta": 0.1, "l2": 0.0, "batch": 0}
+    row = {"cell_id": "a", "beta": 0.1, "l2": 0.0, "batch": 0, "unconverged": True}
     failed = {"number": 0, "state": "failed", "distortion": NAN, "rate": NAN, "on_front": False}
     complete = {"number": 1, "state": "complete", "distortion": 90.0, "rate": 8.0, "on_front": True}
     write_table(folder / "trials.csv", pd.DataFrame([{**row, **failed}, {**row, **complete}]))
     write_table(folder / "history.csv", pd.DataFrame({"cell_id": ["a"], "update": [10], "train_loss": [2.0]}))
-    write_json(folder / "about.json", {"title": "KL weights", "study": "digits", "latent_dim": 2, "updates": 30})
+    asked = {"latent_dim": 2, "learning_rate": 1e-3, "seed": 0, "updates": 30}
+    write_json(folder / "about.json", {"title": "KL weights", "study": "digits", **asked})
     parent, (first, retried) = tracking.search_records("kl_weight")
     assert (first.key, first.status, retried.key, retried.status) == ("a-0", "failed", "a-1", "finished")
     assert retried.name == "trial 1 β=0.1 λ=0"
-    assert retried.params == {"latent_dim": 2, "beta": 0.1, "log10_beta": -1.0, "l2": 0.0, "updates": 30}
+    assert retried.params == {"beta": 0.1, "log10_beta": -1.0, "l2": 0.0, **asked}
+    assert retried.tags["unconverged"] == "true"
     assert retried.metrics == {"search/distortion": 90.0, "search/rate": 8.0}
     assert retried.tags["on_front"] == "true"
     assert retried.tags["search"] == parent.tags["search"] == "kl_weight"

@@ -190,6 +190,8 @@ def _write(name: str, search: Search, trials: Trials, store: CellStore, runtime:
         "sampler": search.sampler.kind,
         "trials": search.trials,
         "latent_dim": search.latent_dim,
+        "learning_rate": search.learning_rate,
+        "seed": search.seed,
         "updates": search.train.updates,
         "device": runtime.device,
         "torch": runtime.torch,
