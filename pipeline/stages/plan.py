@@ -30,8 +30,7 @@ def run(name: str) -> str:
     missing = _missing(wanted, data, runtime)
     groups = plan_stacks(missing, features, runtime.device, settings.stack_size)
     rows = [*_grid_rows(study, wanted, missing), *_cost_rows(study, wanted, missing, groups, features, runtime)]
-    text = tabulate([(label, value) for label, value in rows], tablefmt="plain")
-    return f"{name}: {study.title}\n\n{text}\n\n{_defaults(study)}"
+    return f"{name}: {study.title}\n\n{tabulate(rows, tablefmt='plain')}\n\n{_defaults(study)}"
 
 
 def _prepared(name: str, study: Study) -> Prepared | None:
@@ -60,12 +59,11 @@ def _missing(wanted: list[Cell], data: Prepared | None, runtime: Runtime) -> dic
 def _grid_rows(study: Study, wanted: list[Cell], missing: dict[str, Cell]) -> list[tuple[str, str]]:
     arms = ", ".join(f"{count} {arm}" for arm, count in Counter(cell.arm_name for cell in wanted).items())
     axes = {name: getattr(study.grid, name) for name in ("latent_dim", "l2", "sigma2", "learning_rate", "seed")}
-    axes |= {name: values for name, values in study.data.axes.items()}
+    axes |= study.data.axes
     shown = " × ".join(f"{name} {list(values)}" for name, values in axes.items() if len(values) > 1)
     betas = "; ".join(f"{arm} β {list(axis.beta)}" for arm, axis in study.grid.arms.items() if "beta" in axis.model_fields_set)
-    datasets_word = f"{len(data_points(study.data))} dataset(s) of {study.data.name}"
     return [
-        ("data", datasets_word),
+        ("data", f"{len(data_points(study.data))} dataset(s) of {study.data.name}"),
         ("grid", shown),
         ("arms", betas or ", ".join(study.grid.arms)),
         ("cells", f"{len(wanted)} ({arms}); {len(wanted) - len(missing)} are trained already"),
