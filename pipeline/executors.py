@@ -1,12 +1,26 @@
-"""Where stacks train: the Executor protocol, and the executor that trains them here, one after another."""
+"""Where stacks train: the Executor protocol; in this process, one stack after another; in processes of one CPU thread each."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import math
+import multiprocessing
+import os
+import signal
+import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.artifacts import ArtifactError, CellStore, Prepared
 from pipeline.config import Model, VaesweepError
@@ -14,8 +28,10 @@ from pipeline.grid import Cell, Runtime, parameter_count, stacks
 from pipeline.trainer import StackTrainer
 
 CHECKPOINT_SECONDS = 20.0
-CPU_STACK_PARAMETERS = 2**24  # measured: stacks of 8 to 16 are best for 0.9 million parameters, 256 and more for 3,000
-STACK_CELLS = 512
+CPU_STACK_PARAMETERS = 2**23  # measured: from 8 cells of 0.9 million parameters on, and from 64 of 2,000, time a cell is level
+STACK_CELLS = 256
+POLL_SECONDS = 0.2
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 class Advance(NamedTuple):
@@ -35,6 +51,7 @@ class Interrupted(VaesweepError):
         self.exit_code = 128 + signal_number
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Trains cells and keeps them in the cell store; a generator, so that whoever drives it can show how far it is."""
 
@@ -56,18 +73,24 @@ def bytes_per_cell(model: Model, features: int, latent_dim: int, batch_size: int
 
 
 def choose_stack_size(cell: Cell, features: int, device: str) -> int:
-    """How many such cells train together: what the cache likes on a CPU, what half of the free memory holds on a GPU."""
+    """How many such cells train together: enough to hide what an update costs beside its products; half of a GPU's memory."""
     if device == "cpu":
         return min(STACK_CELLS, max(8, CPU_STACK_PARAMETERS // parameter_count(cell.model, features, cell.lanes)))
     free, _ = torch.cuda.mem_get_info()
     return max(2, free // 2 // bytes_per_cell(cell.model, features, cell.lanes, cell.train.batch_size))
 
 
+def workers(device: str) -> int:
+    """Stacks that train at once: one a CPU core (`OMP_NUM_THREADS` sets another number), one on a GPU."""
+    return torch.get_num_threads() if device == "cpu" else 1
+
+
 def plan_stacks(wanted: Mapping[str, Cell], features: int, device: str, size: int | None = None) -> list[list[str]]:
     """Ids of the cells that will train together; `size` overrides the chosen number of cells."""
     if not wanted:
         return []
-    return stacks(wanted, size or min(choose_stack_size(cell, features, device) for cell in wanted.values()))
+    share = math.ceil(len(wanted) / workers(device))
+    return stacks(wanted, size or min(share, *(choose_stack_size(cell, features, device) for cell in wanted.values())))
 
 
 def _check_targets(cells: Mapping[str, Cell], data: Prepared) -> None:
@@ -84,8 +107,64 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-class Inline:
-    """Trains stack after stack in this process, from checkpoints where there are some."""
+class StackTraining:
+    """Trains stacks of one dataset collection into the cell store, from checkpoints where there are some."""
+
+    def __init__(
+        self,
+        store: CellStore,
+        train_x: list[Tensor],
+        validation_x: list[Tensor],
+        device: str,
+        stop: Callable[[], bool],
+        checkpoint_seconds: float,
+    ):
+        self.store, self.train_x, self.validation_x, self.device = store, train_x, validation_x, device
+        self.stop, self.checkpoint_seconds, self.stopped = stop, checkpoint_seconds, False
+
+    def run(self, keys: list[str], cells: Mapping[str, Cell]) -> Iterator[int]:
+        """Yields the update reached. A stack that does not fit into memory is halved. `stopped` says that it ended early."""
+        try:
+            yield from self._whole(keys, cells)
+            return
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        # Outside the handler, whose traceback would keep the large stack's tensors alive.
+        torch.cuda.empty_cache()
+        if len(keys) == 1:
+            raise VaesweepError("one cell alone does not fit into the device's memory")
+        for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
+            if not self.stopped:
+                yield from self.run(half, cells)
+
+    def _whole(self, keys: list[str], cells: Mapping[str, Cell]) -> Iterator[int]:
+        trainer = StackTrainer([cells[key] for key in keys], self.train_x, self.validation_x, self.device)
+        if state := self._checkpoint(keys):
+            trainer.restore(state)
+        saved = time.monotonic()
+        for progress in trainer.run():
+            self.stopped = self.stop()
+            if self.stopped or time.monotonic() - saved > self.checkpoint_seconds:
+                self.store.save_checkpoint(keys, trainer.state())
+                saved = time.monotonic()
+            if self.stopped:
+                return
+            yield progress.update
+        for key, result in zip(keys, trainer.finish(), strict=True):
+            self.store.save(key, result.record, result.weights)
+        self.store.remove_checkpoint(keys)
+
+    def _checkpoint(self, keys: list[str]) -> dict[str, Tensor] | None:
+        """The stack's checkpoint, or None where there is none that can be read: training then starts anew."""
+        try:
+            return self.store.load_checkpoint(keys, self.device)
+        except ArtifactError:
+            return None
+
+
+class _LocalExecutor(ABC):
+    """What both executors on this machine share: which cells are missing, how far training is, and when it must stop."""
 
     def __init__(
         self,
@@ -98,19 +177,24 @@ class Inline:
         """`stop` answers the number of a signal that asked to stop, or None; it is asked after each history point."""
         self.store, self.device, self.stack_size = store, device, stack_size
         self.stop, self.checkpoint_seconds = stop, checkpoint_seconds
+        self.signal_number: int | None = None
 
     def run(self, wanted: Mapping[str, Cell], data: Prepared) -> Iterator[Advance]:
-        """Trains those wanted cells that the store lacks. Raises Interrupted after a checkpoint."""
+        """Trains those wanted cells that the store lacks. Raises Interrupted after checkpoints."""
         missing = {key: cell for key, cell in wanted.items() if key not in self.store}
         _check_targets(missing, data)
-        totals = len(missing), sum(cell.train.updates for cell in missing.values())
-        cells_done = updates_done = 0
-        for keys in self._stacks(missing, data.features):
-            for update in self._train(keys, missing, data):
-                yield Advance(cells_done, totals[0], updates_done + update * len(keys), totals[1])
-            cells_done += len(keys)
-            updates_done += sum(missing[key].train.updates for key in keys)
-            yield Advance(cells_done, totals[0], updates_done, totals[1])
+        groups = self._stacks(missing, data.features)
+        budgets = [missing[keys[0]].train.updates for keys in groups]
+        reached = [0] * len(groups)
+        total = sum(cell.train.updates for cell in missing.values())
+        cells_done = 0
+        for index, update in self._train(groups, missing, data):
+            cells_done += len(groups[index]) if update is None else 0
+            reached[index] = budgets[index] if update is None else update
+            updates_done = sum(len(keys) * update for keys, update in zip(groups, reached, strict=True))
+            yield Advance(cells_done, len(missing), updates_done, total)
+        if self.signal_number is not None:
+            raise Interrupted(self.signal_number)
 
     def _stacks(self, missing: dict[str, Cell], features: int) -> list[list[str]]:
         """Stacks with a checkpoint first, as they were; then the rest."""
@@ -121,41 +205,123 @@ class Inline:
                 rest = {key: cell for key, cell in rest.items() if key not in keys}
         return resumed + plan_stacks(rest, features, self.device, self.stack_size)
 
-    def _train(self, keys: list[str], cells: Mapping[str, Cell], data: Prepared) -> Iterator[int]:
-        """Trains one stack into the store; yields the update reached. A stack that does not fit into memory is halved."""
-        try:
-            yield from self._train_whole(keys, cells, data)
-            return
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-        # Outside the handler, whose traceback would keep the large stack's tensors alive.
-        torch.cuda.empty_cache()
-        if len(keys) == 1:
-            raise VaesweepError("one cell alone does not fit into the device's memory")
-        for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
-            yield from self._train(half, cells, data)
+    def _asked_to_stop(self) -> bool:
+        self.signal_number = self.signal_number or self.stop()
+        return self.signal_number is not None
 
-    def _train_whole(self, keys: list[str], cells: Mapping[str, Cell], data: Prepared) -> Iterator[int]:
-        trainer = StackTrainer([cells[key] for key in keys], data.x["train"], data.x["validation"], self.device)
-        if state := self._checkpoint(keys):
-            trainer.restore(state)
-        saved = time.monotonic()
-        for progress in trainer.run():
-            signal_number = self.stop()
-            if signal_number is not None or time.monotonic() - saved > self.checkpoint_seconds:
-                self.store.save_checkpoint(keys, trainer.state())
-                saved = time.monotonic()
-            if signal_number is not None:
-                raise Interrupted(signal_number)
-            yield progress.update
-        for key, result in zip(keys, trainer.finish(), strict=True):
-            self.store.save(key, result.record, result.weights)
-        self.store.remove_checkpoint(keys)
+    @abstractmethod
+    def _train(self, groups: list[list[str]], cells: Mapping[str, Cell], data: Prepared) -> Iterator[tuple[int, int | None]]:
+        """Yields the number of a stack and the update that it reached; None once its cells are in the store."""
 
-    def _checkpoint(self, keys: list[str]) -> dict[str, torch.Tensor] | None:
-        """The stack's checkpoint, or None where there is none that can be read: training then starts anew."""
-        try:
-            return self.store.load_checkpoint(keys, self.device)
-        except ArtifactError:
-            return None
+
+class Inline(_LocalExecutor):
+    """Trains stack after stack in this process."""
+
+    def _train(self, groups: list[list[str]], cells: Mapping[str, Cell], data: Prepared) -> Iterator[tuple[int, int | None]]:
+        x = data.x["train"], data.x["validation"]
+        training = StackTraining(self.store, *x, self.device, self._asked_to_stop, self.checkpoint_seconds)
+        keep_freed_memory()
+        with _one_thread():
+            for index, keys in enumerate(groups):
+                for update in training.run(keys, cells):
+                    yield index, update
+                if training.stopped:
+                    return
+                yield index, None
+
+
+class Workers(_LocalExecutor):
+    """Trains a stack in each of several processes, with one CPU thread each.
+
+    Cells have nothing to say to each other, and a product that two cores share is slower than two products on a core each
+    (measured: by a quarter and more, for large networks and small).
+    """
+
+    def _train(self, groups: list[list[str]], cells: Mapping[str, Cell], data: Prepared) -> Iterator[tuple[int, int | None]]:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        progress, stop = context.SimpleQueue(), context.Event()
+        # As arrays, by value: tensors would travel through shared memory, of which a container may have little.
+        x = [[part.numpy() for part in data.x[split]] for split in ("train", "validation")]
+        job = (self.store.root, *x, self.checkpoint_seconds, progress, stop)
+        with ProcessPoolExecutor(min(workers("cpu"), len(groups) or 1), context, _begin_work, job) as pool:
+            try:
+                pending = {
+                    pool.submit(_work, index, keys, {key: cells[key] for key in keys}) for index, keys in enumerate(groups)
+                }
+                while pending:
+                    finished, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+                    if self._asked_to_stop() and not stop.is_set():
+                        stop.set()
+                        pool.shutdown(wait=False, cancel_futures=True)
+                    while not progress.empty():
+                        yield progress.get()
+                    for future in finished:
+                        with contextlib.suppress(CancelledError):
+                            future.result()
+            except BrokenProcessPool as error:
+                message = "a training process was killed, perhaps for want of memory; the next run goes on from its checkpoint"
+                raise VaesweepError(message) from error
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+
+
+class _Worker(NamedTuple):
+    """What a training process works with."""
+
+    training: StackTraining
+    progress: Any
+
+
+_worker: _Worker
+
+
+def _begin_work(
+    root: Path, train_x: list[np.ndarray], validation_x: list[np.ndarray], checkpoint_seconds: float, progress: Any, stop: Any
+) -> None:
+    """Begins a training process: it leaves signals to its parent, and ends with it."""
+    global _worker
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    x = [[torch.from_numpy(part) for part in parts] for parts in (train_x, validation_x)]
+    _worker = _Worker(StackTraining(CellStore(root), *x, "cpu", stop.is_set, checkpoint_seconds), progress)
+
+
+def _work(index: int, keys: list[str], cells: dict[str, Cell]) -> None:
+    training, progress = _worker
+    for update in training.run(keys, cells):
+        progress.put((index, update))
+    if not training.stopped:
+        progress.put((index, None))
+
+
+def keep_freed_memory() -> None:
+    """Has glibc reuse what it frees: giving it back costs a page fault every 4 KB, a tenth to a third of training."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums are split among threads, and so depend on their number in the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def local_executor(
+    store: CellStore, device: str, stack_size: int | None = None, stop: Callable[[], int | None] = lambda: None
+) -> Executor:
+    """The executor that uses this machine best."""
+    kind = Workers if workers(device) > 1 else Inline
+    return kind(store, device, stack_size, stop)

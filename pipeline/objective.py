@@ -18,26 +18,31 @@ from torch import Tensor
 from pipeline.grid import Cell
 
 LOG_2PI = math.log(2 * math.pi)
+CACHED_ELEMENTS = 2**17  # of one tensor, a few of which a core's cache holds
 
 
 class _BernoulliNll(torch.autograd.Function):
-    """Cross-entropy from logits, with its gradient σ(logit) − target made in the same pass.
+    """Cross-entropy from logits, with its gradient σ(logit) − target made in the same pass, a few cells at a time.
 
     Built on exp and log alone: torch's sigmoid and log1p round differently at the end of a vector, hence by neighbours.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
-        small = logits.abs().neg_().exp_()
-        total = small + 1
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.where(logits >= 0, 1.0, small).div_(total).sub_(target))
-        return total.log_().add_(logits.clamp(min=0)).sub_(logits * target).sum(dim=-1)
+        value = logits.new_empty(logits.shape[:-1])
+        ctx.slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        cells = max(1, CACHED_ELEMENTS // logits[0].numel())
+        for part in (slice(first, first + cells) for first in range(0, len(logits), cells)):
+            x, t = logits[part], target[part]
+            total = x.abs().neg_().exp_().add_(1)
+            if ctx.slope is not None:
+                torch.div(x.clamp(max=0).exp_(), total, out=ctx.slope[part]).sub_(t)
+            torch.sum(total.log_().add_(x.clamp(min=0)).addcmul_(x, t, value=-1), dim=-1, out=value[part])
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * grad[..., None], None
+        return ctx.slope.mul_(grad[..., None]), None
 
 
 def bernoulli_nll(

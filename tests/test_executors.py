@@ -1,12 +1,13 @@
 import weakref
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 
 from pipeline.artifacts import CellStore, Prepared
 from pipeline.config import VaesweepError
-from pipeline.executors import Inline, Interrupted, bytes_per_cell, choose_stack_size, find_runtime
+from pipeline.executors import Inline, Interrupted, Workers, bytes_per_cell, choose_stack_size, find_runtime
 from pipeline.grid import Runtime, identify
 from pipeline.trainer import StackTrainer
 
@@ -24,32 +25,37 @@ def wanted(make_cell):
     return identify([make_cell(seed=seed, latent_dim=dim) for seed in range(3) for dim in (2, 3)], ["hash"], RUNTIME)
 
 
+@pytest.fixture(params=[Inline, Workers])
+def executor(request):
+    return request.param
+
+
 def results(store, keys):
     return {key: (store.record(key), store.weights_path(key).read_bytes()) for key in keys}
 
 
-def test_every_wanted_cell_is_trained_once(tmp_path, data, wanted):
+def test_every_wanted_cell_is_trained_once(executor, tmp_path, data, wanted):
     store = CellStore(tmp_path)
-    advances = list(Inline(store).run(wanted, data))
+    advances = list(executor(store).run(wanted, data))
     assert sorted(store) == sorted(wanted)
     assert advances[-1] == (6, 6, 240, 240)
     assert [a.updates_done for a in advances] == sorted(a.updates_done for a in advances)
-    assert list(Inline(store).run(wanted, data)) == []
+    assert list(executor(store).run(wanted, data)) == []
 
 
-def test_only_missing_cells_are_trained(tmp_path, data, wanted):
+def test_only_missing_cells_are_trained(executor, tmp_path, data, wanted):
     store, keys = CellStore(tmp_path), list(wanted)
-    list(Inline(store).run({key: wanted[key] for key in keys[:4]}, data))
+    list(executor(store).run({key: wanted[key] for key in keys[:4]}, data))
     before = {key: store.weights_path(key).stat().st_mtime_ns for key in keys[:4]}
-    assert list(Inline(store).run(wanted, data))[-1].cells == 2
+    assert list(executor(store).run(wanted, data))[-1].cells == 2
     assert before == {key: store.weights_path(key).stat().st_mtime_ns for key in keys[:4]}
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_the_stack_size_changes_no_bit(tmp_path, data, wanted, size):
+def test_neither_the_stack_size_nor_the_executor_changes_a_bit(executor, tmp_path, data, wanted, size):
     whole, parts = CellStore(tmp_path / "whole"), CellStore(tmp_path / "parts")
     list(Inline(whole).run(wanted, data))
-    list(Inline(parts, stack_size=size).run(wanted, data))
+    list(executor(parts, stack_size=size).run(wanted, data))
     assert results(whole, wanted) == results(parts, wanted)
 
 
@@ -70,14 +76,44 @@ def test_interrupted_anywhere_ends_bit_identical(tmp_path, data, wanted):
     assert list(broken.checkpoints()) == []
 
 
-def test_an_unreadable_checkpoint_only_costs_its_work(tmp_path, data, wanted):
+def test_interrupted_workers_go_on_where_they_were(tmp_path, data, make_cell):
+    wanted = identify(
+        [make_cell(seed=seed, train={"updates": 4000, "history_points": 200}) for seed in range(4)], ["hash"], RUNTIME
+    )
+    whole, broken = CellStore(tmp_path / "whole"), CellStore(tmp_path / "broken")
+    list(Inline(whole, stack_size=2).run(wanted, data))
+    advances = []
+    with pytest.raises(Interrupted) as error:
+        for advance in Workers(broken, stack_size=2, stop=lambda: 2 if advances else None).run(wanted, data):
+            advances.append(advance)
+    assert error.value.exit_code == 130
+    assert not list(broken) and len(list(broken.checkpoints())) == 2
+    first = next(Workers(broken, stack_size=2).run(wanted, data))
+    assert first.updates_done > advances[0].updates_done
+    list(Workers(broken, stack_size=2).run(wanted, data))
+    assert results(whole, wanted) == results(broken, wanted)
+
+
+def test_a_killed_worker_is_one_line_and_its_cells_are_trained_again(tmp_path, data, make_cell):
+    wanted = identify([make_cell(seed=seed, train={"updates": 20000}) for seed in range(4)], ["hash"], RUNTIME)
+    with pytest.raises(VaesweepError, match="a training process was killed"):
+        for _ in Workers(CellStore(tmp_path), stack_size=2).run(wanted, data):
+            _training_processes()[0].kill()
+
+
+def _training_processes():
+    """The children of the fork server, which is a child of this process."""
+    return [grandchild for child in psutil.Process().children() for grandchild in child.children()]
+
+
+def test_an_unreadable_checkpoint_only_costs_its_work(executor, tmp_path, data, wanted):
     store, whole = CellStore(tmp_path / "a"), CellStore(tmp_path / "b")
     with pytest.raises(Interrupted):
-        list(Inline(store, stop=lambda: 2).run(wanted, data))
+        list(executor(store, stop=lambda: 2).run(wanted, data))
     for path in (tmp_path / "a" / "checkpoints").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:100])
-    list(Inline(store).run(wanted, data))
-    list(Inline(whole).run(wanted, data))
+    list(executor(store).run(wanted, data))
+    list(executor(whole).run(wanted, data))
     assert results(store, wanted) == results(whole, wanted)
 
 
@@ -98,13 +134,13 @@ def test_a_stack_that_does_not_fit_is_halved(tmp_path, data, wanted, monkeypatch
     assert sorted(store) == sorted(wanted) and {3, 1, 2} >= set(sizes)
 
 
-def test_a_diverged_cell_is_kept_as_such_and_not_trained_again(tmp_path, data, make_cell):
+def test_a_diverged_cell_is_kept_as_such_and_not_trained_again(executor, tmp_path, data, make_cell):
     wanted = identify([make_cell(learning_rate=1e30), make_cell()], ["hash"], RUNTIME)
     store = CellStore(tmp_path)
-    list(Inline(store).run(wanted, data))
+    list(executor(store).run(wanted, data))
     assert [store.record(key)["status"] for key in wanted] == ["diverged", "finished"]
     assert not store.weights_path(next(iter(wanted))).exists()
-    assert list(Inline(store).run(wanted, data)) == []
+    assert list(executor(store).run(wanted, data)) == []
     assert isinstance(store.history(wanted), pd.DataFrame)
 
 

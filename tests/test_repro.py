@@ -129,7 +129,7 @@ CHECKPOINTS_ALWAYS = """
 from functools import partial
 from pipeline import executors, tracking
 from pipeline.stages import train
-train.Inline = partial(executors.Inline, checkpoint_seconds=0)
+train.local_executor = partial(executors.Workers, checkpoint_seconds=0)
 tracking.publish = lambda **_: None
 train.run("tiny", lambda name, advances: list(advances))
 """

@@ -58,12 +58,12 @@ def loop(cell, x, updates):
     return module.state_dict()
 
 
-def assert_stack_equals_loop(cells, x):
+def assert_stack_equals_loop(cells, x, atol=2e-5):
     trainer = train(cells, x)
     for row, cell in enumerate(cells):
         state = trainer.finish()[row].weights
         for name, reference in loop(cell, x, cell.train.updates).items():
-            torch.testing.assert_close(state[name], reference, atol=2e-5, rtol=2e-4, msg=f"{cell.arm_name} {name}")
+            torch.testing.assert_close(state[name], reference, atol=atol, rtol=2e-4, msg=f"{cell.arm_name} {name}")
 
 
 def test_the_stack_equals_the_loop_for_every_arm(make_cell, pixels):
@@ -86,7 +86,21 @@ def test_clipping_is_per_cell(make_cell, pixels):
     assert_stack_equals_loop([make_cell(seed=seed, beta=beta, l2=l2, train=budget) for seed, beta, l2 in knobs], pixels)
 
 
-@pytest.mark.parametrize("model", [{}, {"hidden": (80, 64), "activation": "tanh"}, {"likelihood": "gaussian", "hidden": ()}])
+LARGE = {"hidden": (310, 250)}  # large enough for a CPU to take it cell by cell, and at batches of 110 for oneDNN
+
+
+def test_the_stack_equals_the_loop_for_a_large_network(make_cell, pixels):
+    """Up to what Adam, with steps of 1e-3, makes of a gradient that is zero but for rounding."""
+    for activation, batch_size in itertools.product(("relu", "tanh"), (32, 110)):
+        budget = {"updates": 12, "keep": "last", "batch_size": batch_size}
+        knobs = {"model": {**LARGE, "activation": activation}, "train": budget}
+        assert_stack_equals_loop([make_cell(latent_dim=3, seed=seed, l2=1e-3, **knobs) for seed in (0, 1)], pixels, atol=5e-4)
+
+
+MODELS = [{}, {"hidden": (80, 64), "activation": "tanh"}, {"likelihood": "gaussian", "hidden": ()}, LARGE]
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_a_cell_does_not_depend_on_its_neighbours(make_cell, pixels, model):
     """Bit for bit, in any company and order, alone too."""
     wanted = make_cell(latent_dim=3, l2=1e-3, seed=3, model=model)
@@ -94,20 +108,6 @@ def test_a_cell_does_not_depend_on_its_neighbours(make_cell, pixels, model):
     company = [make_cell(arm, latent_dim=4, seed=seed, model=model) for arm, seed in itertools.product(ARMS, (1, 3))]
     same(train([*company[:4], wanted, *company[4:]], pixels).finish()[4], alone)
     same(train([wanted, *company[:2]], pixels).finish()[0], alone)
-
-
-def test_a_cell_does_not_depend_on_the_number_of_threads_its_stack_uses(make_cell, pixels):
-    cells = [make_cell(seed=seed) for seed in range(5)]
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        single = train(cells, pixels).finish()
-        torch.set_num_threads(3)
-        several = train(cells, pixels).finish()
-    finally:
-        torch.set_num_threads(threads)
-    for one, other in zip(single, several, strict=True):
-        same(one, other)
 
 
 def test_permuting_the_stack_permutes_the_results(make_cell, pixels):

@@ -13,7 +13,7 @@ import pandas as pd
 from pipeline import tracking
 from pipeline.artifacts import CellStore, Folders, Prepared, load_prepared, main_checkout, write_json, write_table
 from pipeline.config import Search, Study, VaesweepError, load_search, load_settings, load_study
-from pipeline.executors import Advance, Inline, find_runtime
+from pipeline.executors import Advance, find_runtime, local_executor
 from pipeline.grid import ENGINE_VERSION, Cell, Runtime, cell_id
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def run(name: str, show: Callable[[str, Iterable[Advance]], None], stop: Callabl
         raise SearchError(f"configs/{name}.yaml: study: must have one dataset, but '{search.study}' has {len(data.hashes)}")
     with store.lock(f"search {name}"):
         trials = Trials(name, search, study, data, runtime)
-        executor = Inline(store, runtime.device, settings.stack_size or search.batch, stop)
+        executor = local_executor(store, runtime.device, settings.stack_size, stop)
         show(name, executor.run(trials.told(), data))  # cells of earlier trials, if somebody emptied the store
         while batch := trials.running() or trials.ask():
             show(f"{name} {trials.finished + len(batch)}/{search.trials}", executor.run(batch, data))

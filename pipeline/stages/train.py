@@ -10,7 +10,7 @@ import pandas as pd
 from pipeline import tracking
 from pipeline.artifacts import CellStore, Folders, Prepared, link, load_prepared, write_json, write_table
 from pipeline.config import Study, load_settings, load_study
-from pipeline.executors import Advance, Inline, find_runtime
+from pipeline.executors import Advance, find_runtime, local_executor
 from pipeline.grid import ENGINE_VERSION, Cell, Runtime, cells, identify, parameter_count
 
 Show = Callable[[str, Iterable[Advance]], None]
@@ -23,7 +23,7 @@ def run(name: str, show: Show, stop: Callable[[], int | None] = lambda: None) ->
     data, runtime, store = load_prepared(Folders(name).prepared, study.data), find_runtime(settings.device), CellStore()
     wanted = identify(cells(study), data.hashes, runtime)
     with store.lock(f"training study {name}"):
-        show(name, Inline(store, runtime.device, settings.stack_size, stop).run(wanted, data))
+        show(name, local_executor(store, runtime.device, settings.stack_size, stop).run(wanted, data))
         _assemble(name, study, wanted, data, runtime, store)
     tracking.publish(studies=[name])
 
