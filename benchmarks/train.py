@@ -2,8 +2,9 @@
 
     python benchmarks/train.py [--network large] [--device cuda] [--rounds 5]
 
-Every contender first trains two equal cells on equal batches and noise; its loss must lie within 1% of the loop's. Then all
-take turns, round after round, so that a machine whose speed drifts drifts under all of them; figures are medians over rounds.
+Every contender first trains two equal cells on equal batches and noise; its loss must lie within 1% of the loop's. Then all,
+in processes of their own, take turns, round after round, so that a machine whose speed drifts drifts under all of them;
+figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import copy
 import gc
 import itertools
 import math
+import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import click
+import psutil
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
@@ -30,7 +35,7 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from pipeline.config import Data, Model, Train
 from pipeline.datasets import build
-from pipeline.executors import bytes_per_cell, choose_stack_size
+from pipeline.executors import bytes_per_cell, choose_stack_size, keep_freed_memory, workers
 from pipeline.grid import Cell, parameter_count
 from pipeline.model import StackedAutoencoder
 from pipeline.trainer import Batches, StackTrainer
@@ -261,20 +266,6 @@ class Floor:
             self.target[:half].copy_(self.source[:half])
 
 
-def seconds(contender: Contender | Floor, updates: int, device: torch.device) -> float:
-    """Seconds for one update of one cell."""
-    _synchronise(device)
-    start = time.perf_counter()
-    contender.advance(updates)
-    _synchronise(device)
-    return (time.perf_counter() - start) / updates / contender.cells
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 class Peak:
     """The most memory that was in use, over what was in use before, in MiB; nan where the system does not tell."""
 
@@ -300,12 +291,86 @@ class Peak:
         return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
+class Task(NamedTuple):
+    """What a process trains."""
+
+    kind: str
+    network: str
+    device: str
+    cells: int
+    updates: int  # of all turns
+
+
+def make_contender(task: Task) -> Contender | Floor:
+    network = NETWORKS[task.network]
+    x = training_data(network.data).to(task.device)
+    if task.kind == "stack":
+        keep_freed_memory()
+        return Stack(network, x, task.cells, task.updates)
+    if task.kind == "floor":
+        return Floor(network, x, task.cells)
+    kinds = {"loop": Loop, "fused loop": partial(Loop, fused=True), "script": Script, "vmap": Vmap}
+    return kinds[task.kind](network, x, task.cells, fresh(network, x))
+
+
+_contender: Contender | Floor
+_peak: Peak
+
+
+def _begin(threads: int, task: Task) -> None:
+    global _contender, _peak
+    torch.set_num_threads(threads)
+    _peak = Peak(torch.device(task.device))
+    _contender = make_contender(task)
+
+
+def _advance(updates: int) -> float:
+    """Trains, and tells the peak memory so far."""
+    _contender.advance(updates)
+    if _peak.device.type == "cuda":
+        torch.cuda.synchronize()
+    return _peak.mib()
+
+
+class Processes:
+    """A contender in a process of its own; the engine in as many as it uses, with its share of the cells in each."""
+
+    def __init__(self, task: Task, turn: int):
+        count = min(workers(task.device), task.cells) if task.kind == "stack" else 1
+        threads = 1 if task.kind == "stack" and task.device == "cpu" else torch.get_num_threads()
+        self.cells, self.turn, self.times, self.mib = task.cells, turn, [], 0.0
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([StackTrainer.__module__])
+        shares = [task.cells // count + (index < task.cells % count) for index in range(count)]
+        self.pools = [ProcessPoolExecutor(1, context, _begin, (threads, task._replace(cells=share))) for share in shares]
+        self.take_turn()
+        self.times.clear()
+
+    def take_turn(self) -> None:
+        """One turn; notes the seconds for one update of one cell."""
+        start = time.perf_counter()
+        self.mib = sum(future.result() for future in [pool.submit(_advance, self.turn) for pool in self.pools])
+        self.times.append((time.perf_counter() - start) / self.turn / self.cells)
+
+    @property
+    def ms(self) -> float:
+        return 1e3 * statistics.median(self.times)
+
+    def over(self, other: Processes) -> float:
+        """How many times as long as the other: the median over rounds of their ratio in the same round."""
+        return statistics.median(own / its for own, its in zip(self.times[-len(other.times) :], other.times, strict=True))
+
+    def close(self) -> None:
+        for pool in self.pools:
+            pool.shutdown()
+
+
 def check(network: Network, x: Tensor) -> None:
     """Trains two cells with every contender on the same draws; ends the benchmark where one trains something else."""
     draw = replayed(network, x, 2)
     contenders = {
         "loop": Loop(network, x, 2, draw),
-        "loop, fused Adam": Loop(network, x, 2, draw, fused=True),
+        "fused loop": Loop(network, x, 2, draw, fused=True),
         "script": Script(network, x, 2, draw),
         "vmap": Vmap(network, x, 2, draw),
         "stack": Stack(network, x, 2, 10 * CHECKED_UPDATES),
@@ -315,69 +380,47 @@ def check(network: Network, x: Tensor) -> None:
         off = ((loss - losses["loop"]) / losses["loop"]).abs().max().item()
         if not off < TOLERANCE:
             sys.exit(f"{name}: its loss is off the loop's by {off:.2%}; nothing was timed")
-    print(f"checked: losses of {len(losses)} contenders agree within {TOLERANCE:.0%}, {losses['loop'].tolist()}", flush=True)
+    print(f"Checked: after {CHECKED_UPDATES} updates the losses of all contenders agree within {TOLERANCE:.0%}.\n", flush=True)
 
 
-class Row(NamedTuple):
-    """Medians over rounds: milliseconds for an update of a cell, and ratios."""
-
-    cells: int
-    stack: float
-    floor: float
-    share: float
-    loop: float
-    fused: float
-    script: float
-    vmap: float
-    mib: float
-
-
-def compare(network: Network, x: Tensor, cells: int, rounds: int) -> Row:
-    """One stack of that many cells against the contenders, in turns."""
-    turn, total = network.updates, network.updates * max(10, rounds + 1)
-    peak = Peak(x.device)
-    stack = Stack(network, x, cells, total)
-    stack.advance(turn)
-    mib = peak.mib()
-    draw = fresh(network, x)
-    turns = {
-        "stack": (stack, turn),
-        "floor": (Floor(network, x, cells), turn),
-        "loop": (Loop(network, x, 1, draw), network.loop_updates),
-        "fused": (Loop(network, x, 1, draw, fused=True), network.loop_updates),
-        "script": (Script(network, x, 1, draw), network.loop_updates),
-        "vmap": (Vmap(network, x, cells, draw), turn),
-    }
-    for name in turns.keys() - {"stack"}:
-        turns[name][0].advance(2)
-    times = {name: [] for name in turns}
-    for _ in range(rounds):
-        for name, (contender, updates) in turns.items():
-            times[name].append(seconds(contender, updates, x.device))
-
-    def ratio(name: str) -> float:
-        return statistics.median(other / own for other, own in zip(times[name], times["stack"], strict=True))
-
-    ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    return Row(cells, ms["stack"], ms["floor"], *map(ratio, ("floor", "loop", "fused", "script", "vmap")), mib)
+def compare(name: str, device: str, counts: list[int], rounds: int) -> Iterator[list[float]]:
+    """For each stack size a row: cells, ms of the stack, floor, vmap, loops and script, ratios to the stack, memory."""
+    network = NETWORKS[name]
+    one = {kind: Processes(Task(kind, name, device, 1, 0), network.loop_updates) for kind in ("loop", "fused loop", "script")}
+    for cells in counts:
+        turns = network.updates * max(10, rounds + 1)
+        own = {kind: Processes(Task(kind, name, device, cells, turns), network.updates) for kind in ("stack", "floor", "vmap")}
+        contenders = [*own.values(), *one.values()]
+        for _, contender in itertools.product(range(rounds), contenders):
+            contender.take_turn()
+        stack = own["stack"]
+        ratios = [contender.over(stack) for contender in (own["floor"], *one.values(), own["vmap"])]
+        yield [cells, stack.ms, own["floor"].ms, *ratios, stack.mib, own["vmap"].mib]
+        for contender in own.values():
+            contender.close()
+    for contender in one.values():
+        contender.close()
 
 
-def grid(network: Network, x: Tensor, cells: int, size: int) -> tuple[int, int, float, float]:
-    """A grid of that many cells in stacks of the chosen size: milliseconds for an update of a cell, and peak memory."""
-    peak, spent = Peak(x.device), 0.0
-    sizes = [min(size, cells - start) for start in range(0, cells, size)]
-    for count in sizes:
-        stack = Stack(network, x, count, 10 * network.updates)
-        spent += seconds(stack, network.updates, x.device) * count / cells
-    return cells, size, 1e3 * spent, peak.mib()
+def grid(name: str, device: str, cells: int, features: int) -> list[float]:
+    """A grid of that many cells in stacks of the chosen size: size, milliseconds for an update of a cell, peak memory."""
+    network = NETWORKS[name]
+    share = -(-cells // workers(device))
+    size = min(share, choose_stack_size(make_cells(network, 1, 1024)[0], features, device)) * workers(device)
+    spent = peak = 0.0
+    for start in range(0, cells, size):
+        count = min(size, cells - start)
+        stacks = Processes(Task("stack", name, device, count, 10 * network.updates), network.updates)
+        stacks.take_turn()
+        spent, peak = spent + stacks.ms * count / cells, max(peak, stacks.mib)
+        stacks.close()
+    return [cells, size // workers(device), spent, peak]
 
 
-def fits(network: Network, x: Tensor, cells: int, device: torch.device) -> bool:
-    """Whether the stack, and vmap beside it, leave half of the memory free."""
-    import psutil
-
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return 2 * cells * bytes_per_cell(network.model, x.shape[1], network.latent_dim, BATCH) < free // 2
+def fits(network: Network, features: int, cells: int, device: str) -> bool:
+    """Whether the stack, and vmap beside it, leave some of the memory free."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    return 2.5 * cells * bytes_per_cell(network.model, features, network.latent_dim, BATCH) < 0.9 * free
 
 
 @click.command(help=__doc__)
@@ -386,8 +429,7 @@ def fits(network: Network, x: Tensor, cells: int, device: torch.device) -> bool:
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--sizes", default=",".join(map(str, SIZES)), show_default=True, help="stack sizes, and grid sizes from 16 on")
 def main(chosen: tuple[str, ...], device: str, rounds: int, sizes: str) -> None:
-    device = torch.device(device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     print(f"torch {torch.__version__}, {where}, batch {BATCH}, medians of {rounds} rounds")
     for name in chosen:
         network = NETWORKS[name]
@@ -395,15 +437,24 @@ def main(chosen: tuple[str, ...], device: str, rounds: int, sizes: str) -> None:
         print(f"\n## {name}\n")
         check(network, x)
         counts = [int(size) for size in sizes.split(",")]
-        rows = [compare(network, x, cells, rounds) for cells in counts if fits(network, x, cells, device)]
-        heads = ["cells in the stack", "ms", "floor, ms", "floor/stack", "loop/stack", "fused loop/stack", "script/stack"]
-        print(tabulate(rows, [*heads, "vmap/stack", "MiB"], tablefmt="github", floatfmt=".3g"), flush=True)
-        size = choose_stack_size(make_cells(network, 1, 1024)[0], x.shape[1], device.type)
-        grids = [grid(network, x, cells, size) for cells in counts if cells >= 16]
-        print(
-            "\n" + tabulate(grids, ["cells in the grid", "stack size", "ms", "MiB"], tablefmt="github", floatfmt=".3g"),
-            flush=True,
-        )
+        heads = [
+            "cells",
+            "stack, ms",
+            "floor, ms",
+            "floor/stack",
+            "loop/stack",
+            "fused loop/stack",
+            "script/stack",
+            "vmap/stack",
+        ]
+        rows = compare(name, device, [cells for cells in counts if fits(network, x.shape[1], cells, device)], rounds)
+        print_table(rows, [*heads, "stack, MiB", "vmap, MiB"])
+        grids = (grid(name, device, cells, x.shape[1]) for cells in counts if cells >= 16)
+        print_table(grids, ["cells in the grid", "stack size", "ms", "MiB"])
+
+
+def print_table(rows: Iterable[list[float]], heads: list[str]) -> None:
+    print(tabulate(list(rows), heads, tablefmt="github", floatfmt=".3g") + "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ class Inline(_LocalExecutor):
         x = data.x["train"], data.x["validation"]
         training = StackTraining(self.store, *x, self.device, self._asked_to_stop, self.checkpoint_seconds)
         keep_freed_memory()
-        with _one_thread():
+        with one_thread():
             for index, keys in enumerate(groups):
                 for update in training.run(keys, cells):
                     yield index, update
@@ -309,7 +309,7 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Sums are split among threads, and so depend on their number in the last bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

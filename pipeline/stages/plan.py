@@ -13,7 +13,7 @@ from tabulate import tabulate
 from pipeline import datasets
 from pipeline.artifacts import ArtifactError, CellStore, Folders, Prepared, load_prepared
 from pipeline.config import CONFIG_FOLDER, ConfigError, Study, load_settings, load_study
-from pipeline.executors import bytes_per_cell, find_runtime, plan_stacks
+from pipeline.executors import bytes_per_cell, find_runtime, one_thread, plan_stacks, workers
 from pipeline.grid import Cell, Runtime, cells, data_points, identify, parameter_count
 from pipeline.trainer import StackTrainer
 
@@ -76,15 +76,16 @@ def _cost_rows(
     largest = max(wanted, key=lambda cell: cell.latent_dim)
     parameters = parameter_count(study.model, features, largest.latent_dim)
     widest = max((len(group) for group in groups), default=0)
-    memory = widest * bytes_per_cell(study.model, features, largest.lanes, study.train.batch_size)
+    at_once = min(workers(runtime.device), len(groups))
+    memory = at_once * widest * bytes_per_cell(study.model, features, largest.lanes, study.train.batch_size)
     disk = 4 * sum(parameter_count(study.model, features, cell.latent_dim) for cell in missing.values())
-    seconds = sum(_seconds(group, missing, features, runtime.device) for group in groups)
+    seconds = sum(_seconds(group, missing, features, runtime.device) for group in groups) / max(1, at_once)
     sizes = ", ".join(f"{count} of {size}" for size, count in Counter(map(len, groups)).items())
     return [
         ("device", f"{runtime.device}, torch {runtime.torch}, {runtime.precision}"),
-        ("stacks", sizes or "none"),
+        ("stacks", f"{sizes}; {at_once} at a time" if groups else "none"),
         ("parameters", f"{parameters:,} a cell at most"),
-        ("memory", f"{memory / 1e6:,.0f} MB for the largest stack, and the data"),
+        ("memory", f"{memory / 1e6:,.0f} MB for stacks in training, and the data"),
         ("disk", f"{disk / 1e6:,.0f} MB of weights"),
         ("time", f"about {_duration(seconds)} of training, from {MEASURED_UPDATES} measured updates" if groups else "none"),
     ]
@@ -95,10 +96,11 @@ def _seconds(group: list[str], cells: dict[str, Cell], features: int, device: st
     members = [dataclasses.replace(cells[key], dataset=0) for key in group]
     config = members[0].train.model_copy(update={"updates": MEASURED_UPDATES, "history_points": 3})
     x = torch.rand(MEASURED_ROWS, features)
-    trainer = StackTrainer([dataclasses.replace(cell, train=config) for cell in members], [x], [x[:1]], device)
     times = [time.perf_counter()]
-    for _ in trainer.run():
-        times.append(time.perf_counter())
+    with one_thread():
+        trainer = StackTrainer([dataclasses.replace(cell, train=config) for cell in members], [x], [x[:1]], device)
+        for _ in trainer.run():
+            times.append(time.perf_counter())
     steps = [after - before for before, after in itertools.pairwise(times)]
     return min(steps[1:]) / (MEASURED_UPDATES / 3) * members[0].train.updates
 
