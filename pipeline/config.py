@@ -170,6 +170,7 @@ class Evaluate(Strict):
 
     noise: tuple[Noise, ...] = Field((), description="corruptions under which reconstruction is measured")
     neighbours: Count = Field(5, description="k of the k-nearest-neighbour accuracy of the codes")
+    importance_samples: Count = Field(64, description="draws of z behind the importance-weighted bound of log p(x)")
     active_threshold: Positive = Field(0.01, description="a unit is active if its mean varies more than this over the data")
 
     @model_validator(mode="after")

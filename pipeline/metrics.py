@@ -29,6 +29,19 @@ def mean_variance(mu: Float[Tensor, "stack row lane"], samples: list[bool]) -> F
     return torch.where(torch.tensor(samples, device=mu.device)[:, None], variance, variance / largest)
 
 
+def log_importance_weight(
+    nll: Float[Tensor, "stack batch"],
+    z: Float[Tensor, "stack batch lane"],
+    epsilon: Float[Tensor, "stack batch lane"],
+    log_variance: Float[Tensor, "stack batch lane"],
+) -> Float[Tensor, "stack batch"]:
+    """log p(x|z) + log p(z) − log q(z|x) for z = μ + σ ⊙ ε, in nats, from −log p(x|z).
+
+    The log of its mean over K draws of ε is a lower bound of log p(x) that rises with K (Burda, Grosse & Salakhutdinov 2016).
+    """
+    return 0.5 * (epsilon.square() + log_variance - z.square()).sum(dim=-1) - nll
+
+
 def active_units(variance: Float[Tensor, "stack lane"], threshold: float = 0.01) -> Int[Tensor, " stack"]:
     """How many latents' means vary over the data by more than the threshold (Burda, Grosse & Salakhutdinov 2016)."""
     return (variance > threshold).sum(dim=-1)

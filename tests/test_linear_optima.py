@@ -10,7 +10,8 @@ from scipy.linalg import subspace_angles
 from scipy.stats import multivariate_normal
 
 from pipeline.config import Schedule
-from pipeline.metrics import fit_pca
+from pipeline.metrics import fit_pca, log_importance_weight
+from pipeline.objective import gaussian_nll
 from pipeline.trainer import StackTrainer
 
 SPECTRUM = np.array([4.0, 2.5, 1.5, 0.8, 0.6, 0.3, 0.2, 0.1, 0.05, 0.02])
@@ -74,6 +75,26 @@ def elbo(vae, data):
     squared = (data - mu @ w.T - b).square().sum(1) + log_variance.exp() @ w.square().sum(0)
     kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(1)
     return (-0.5 * squared / SIGMA2 - 5 * math.log(2 * math.pi * SIGMA2) - kl).mean().item()
+
+
+def test_importance_weighting_closes_the_gap_that_a_poor_posterior_leaves(trained, data):
+    vae, generator = trained["vae", 1.0], torch.Generator().manual_seed(0)
+    w, b = vae.decoder[0].weight.detach(), vae.decoder[0].bias.detach()
+    covariance = (w @ w.T).double().numpy() + SIGMA2 * np.eye(10)
+    exact = multivariate_normal(b.double().numpy(), covariance).logpdf(data.numpy()).mean()
+    with torch.no_grad():
+        mu, log_variance = vae.encode(data)
+    log_variance = log_variance + 0.5  # wider than the true posterior
+    bounds = {}
+    for draws in (1, 16, 512):
+        epsilon = torch.randn(draws, *mu.shape, generator=generator)
+        z = mu + (0.5 * log_variance).exp() * epsilon
+        nll = gaussian_nll(z @ w.T + b, data.expand(draws, -1, -1), torch.full((draws,), SIGMA2).log())
+        weights = log_importance_weight(nll, z, epsilon, log_variance.expand(draws, -1, -1))
+        bounds[draws] = (weights.logsumexp(dim=0) - math.log(draws)).mean().item()
+    assert bounds[1] < exact - 0.3
+    assert bounds[1] < bounds[16] < bounds[512]
+    assert bounds[512] == pytest.approx(exact, abs=0.02)
 
 
 @pytest.mark.parametrize("beta", BETAS)

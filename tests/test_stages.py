@@ -100,10 +100,21 @@ def test_evaluate_measures_every_cell(workspace):
     total = metrics["test/reconstruction"] + metrics["test/kl"]
     pd.testing.assert_series_equal(metrics["test/bce_elbo"][vae], -total[vae], check_names=False)
     assert metrics.loc[~vae, ["test/kl", "test/bce_elbo"]].isna().all().all()
+    assert metrics["test/iw_bound"].isna().all()  # a grey pixel's cross-entropy is no likelihood
     clean_noise = noise[noise["level"] == 0].set_index("cell_id")["mse_clean"]
     pd.testing.assert_series_equal(clean_noise, metrics.set_index("cell_id")["test/mse"], check_names=False)
     latents = read_table(folder / "latents.csv").groupby("cell_id")["kl"].sum()[metrics.loc[vae, "cell_id"]]
     assert latents.tolist() == pytest.approx(metrics.loc[vae, "test/kl"].tolist(), rel=1e-5)
+
+
+def test_the_importance_weighted_bound_lies_above_the_elbo(workspace):
+    write(STUDY.replace("bernoulli", "gaussian"))
+    train.run("tiny", drive)
+    evaluate.run("tiny")
+    metrics = read_table(Folders("tiny").evaluate / "metrics.csv")
+    vae = metrics["arm"] == "vae"
+    gap = metrics["test/iw_bound"] - metrics["test/elbo"]
+    assert (gap[vae] > 0).all() and (gap[vae] < 10).all() and gap[~vae].isna().all()
 
 
 def test_evaluate_agrees_with_the_plain_module(workspace):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -36,6 +37,7 @@ from pipeline.randomness import Stream, normals
 
 ROWS = 512  # rows that pass through a stack at a time
 EVALUATION_STEP = 4  # validation during training draws its ε at step 0
+IMPORTANCE_STEP = 16
 PICTURED = 1000  # test rows in a scatter
 SAMPLES = 64
 SHOWN = ["test/reconstruction", "test/mse", "test/kl", "test/active_units", "test/knn_accuracy"]
@@ -108,7 +110,7 @@ def _codes(model: StackedAutoencoder, x: Float[Tensor, "row feature"]) -> Float[
 
 def _measure(stack: Measured, study: Study) -> dict[str, Rows]:
     """Rows of the tables `metrics`, `latents` and `noise`."""
-    likelihood = _likelihood_terms(stack)
+    likelihood, bound = _likelihood_terms(stack), _importance_weighted_bound(stack, study.evaluate.importance_samples)
     variance = metrics.mean_variance(stack.codes["test"], [cell.arm.samples for cell in stack.model.cells])
     clean = {split: _error(stack, x, stack.codes[split]) for split, x in stack.x.items()}
     units = metrics.active_units(variance, study.evaluate.active_threshold)
@@ -116,6 +118,7 @@ def _measure(stack: Measured, study: Study) -> dict[str, Rows]:
     for row, cell in enumerate(stack.model.cells):
         measured = {
             **_nats(stack.model, cell, likelihood, row),
+            "test/iw_bound": None if bound is None or not _is_variational(cell) else bound[row].item(),
             "test/mse": clean["test"][row].item(),
             "test/active_units": int(units[row]),
             "test/knn_accuracy": _knn(stack, row, study.evaluate.neighbours),
@@ -135,22 +138,52 @@ def _likelihood_terms(stack: Measured) -> dict[str, Tensor]:
     """Means over the test set: reconstruction [stack] in nats at sampled z where the arm samples, KL [stack, lane]."""
     model, x = stack.model, stack.x["test"]
     objective = Objective(model.cells, x.device)
-    seeds, index = torch.tensor([cell.seed for cell in model.cells], device=x.device).unique(return_inverse=True)
-    epsilon = normals(seeds, Stream.EVALUATION, EVALUATION_STEP, 4, len(x), model.lanes)[:, 0]
+    epsilon = _epsilon(model, len(x), EVALUATION_STEP)[:, 0]
     reconstruction = kl = 0.0
     for rows in torch.arange(len(x), device=x.device).split(ROWS):
         batch = x[rows].expand(len(model.cells), -1, -1)
         mu, log_variance = objective.posterior(*model.encode(batch))
-        output = model.decode(objective.sample(mu, log_variance, epsilon[index][:, rows] * model.mask))
+        output = model.decode(objective.sample(mu, log_variance, epsilon[:, rows]))
         reconstruction += objective.reconstruction(output, batch, model.log_sigma2).sum(dim=1)
         kl += kl_per_latent(mu, log_variance).sum(dim=1)
     return {"reconstruction": reconstruction / len(x), "kl": kl / len(x)}
 
 
+def _epsilon(model: StackedAutoencoder, rows: int, step: int) -> Float[Tensor, "stack draw row lane"]:
+    """Four draws of ε for each row, by each cell's seed."""
+    seeds, index = torch.tensor([cell.seed for cell in model.cells], device=model.mask.device).unique(return_inverse=True)
+    return normals(seeds, Stream.EVALUATION, step, 4, rows, model.lanes)[index] * model.mask[:, None]
+
+
+@torch.no_grad()
+def _importance_weighted_bound(stack: Measured, draws: int) -> Float[Tensor, " stack"] | None:
+    """Mean over the test set, in nats; None where p(x|z) is no normalised likelihood."""
+    model, x = stack.model, stack.x["test"]
+    if model.config.likelihood == "bernoulli":
+        return None
+    objective = Objective(model.cells, x.device)
+    log_sums = torch.full((len(model.cells), len(x)), -torch.inf, device=x.device)
+    for first in range(0, draws, 4):
+        epsilon = _epsilon(model, len(x), IMPORTANCE_STEP + first)[:, : draws - first]
+        for rows in torch.arange(len(x), device=x.device).split(ROWS):
+            batch = x[rows].expand(len(model.cells), -1, -1)
+            mu, log_variance = objective.posterior(*model.encode(batch))
+            for draw in epsilon[:, :, rows].unbind(dim=1):
+                z = objective.sample(mu, log_variance, draw)
+                nll = objective.reconstruction(model.decode(z), batch, model.log_sigma2)
+                weight = metrics.log_importance_weight(nll, z, draw, log_variance)
+                log_sums[:, rows] = torch.logaddexp(log_sums[:, rows], weight)
+    return log_sums.mean(dim=1) - math.log(draws)
+
+
+def _is_variational(cell: Cell) -> bool:
+    return cell.arm.samples and cell.arm.penalty == "kl"
+
+
 def _nats(model: StackedAutoencoder, cell: Cell, likelihood: dict[str, Tensor], row: int) -> dict[str, float | None]:
     """Reconstruction, KL and their sum as a bound. A grey pixel's cross-entropy is no likelihood, so its sum is no ELBO."""
     reconstruction, kl = likelihood["reconstruction"][row].item(), likelihood["kl"][row].sum().item()
-    variational = cell.arm.samples and cell.arm.penalty == "kl"
+    variational = _is_variational(cell)
     bound = "test/bce_elbo" if model.config.likelihood == "bernoulli" else "test/elbo"
     return {
         "test/reconstruction": reconstruction,
