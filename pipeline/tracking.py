@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ import math
 import os
 import re
 import socket
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -25,7 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit
@@ -44,6 +46,7 @@ WRITING = "RUNNING"
 
 SECONDS_TO_ANSWER = 5.0
 REQUEST_TIMEOUT = "10"
+LOCAL_DISKS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "tmpfs", "xfs", "zfs"}
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 POINTS_A_CALL = 800  # MLflow takes 1,000 metrics, params and tags in one call; beyond, it would write the tags first
 
@@ -146,11 +149,12 @@ class _Publisher(ABC):
             return sum(self._put(experiment_id, runs, replace(record, tags={**record.tags, **below})) for record in records)
 
     def _put(self, experiment_id: str, runs: dict[str, StoredRun], record: RunRecord) -> bool:
+        versions = _versions(record)
         record = replace(record, tags={**record.tags, KEY: record.key})
         if record.key not in runs:
-            runs[record.key] = self._create(experiment_id, record.name, {**record.tags, **_versions(record), **_origin()})
+            runs[record.key] = self._create(experiment_id, record.name, {**record.tags, **versions, **_origin()})
         run = runs[record.key]
-        change = _difference(record, run)
+        change = _difference(record, versions, run)
         if change:
             self._write(experiment_id, run, change)
             _absorb(run, change)
@@ -170,8 +174,7 @@ class _Publisher(ABC):
         """Writes artifacts first, then points, then tags, then the status."""
 
 
-def _difference(record: RunRecord, run: StoredRun) -> Change:
-    versions = _versions(record)
+def _difference(record: RunRecord, versions: dict[str, str], run: StoredRun) -> Change:
     held = {} if run.status == WRITING else run.tags
     stale = {name.removeprefix("version.") for name, version in versions.items() if held.get(name) != version}
     tags = {name: value for name, value in {**record.tags, **versions}.items() if run.tags.get(name) != value}
@@ -212,12 +215,16 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _curve_points(record: RunRecord, run: StoredRun, wanted: bool) -> Iterator[Point]:
-    """Points whose time follows from the run and the update, so that writing them again adds nothing."""
+    """Points whose time follows from the run and the update, so that writing them again adds nothing.
+
+    The newest come first: MLflow keeps the latest value of each curve in a row of its own, which it then sets once.
+    """
     if record.curves is None or not wanted:
         return
-    updates = [int(update) for update in record.curves["update"]]
-    for name in record.curves.columns.drop("update"):
-        for update, value in zip(updates, record.curves[name].tolist(), strict=True):
+    curves = record.curves[::-1].to_dict("list")
+    updates = [int(update) for update in curves.pop("update")]
+    for name, values in curves.items():
+        for update, value in zip(updates, values, strict=True):
             if math.isfinite(value):
                 yield Point(name, value, update, run.started + update)
 
@@ -281,7 +288,7 @@ class MlflowTracker(_Publisher):
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[None]:
-        with _one_line_errors(self.uri), _one_writer(self.uri):
+        with _one_line_errors(self.uri), _one_writer(self.uri), _quick_commits(self.uri), _no_full_collections():
             self._client = self._client or _connect(self.uri)
             yield
 
@@ -378,17 +385,80 @@ def _artifact_location(uri: str, experiment: str) -> str | None:
     return None if uri.startswith("http") else (main_checkout() / "mlartifacts" / experiment).as_uri()
 
 
-@contextlib.contextmanager
-def _one_writer(uri: str) -> Iterator[None]:
-    """One process at a time creates the database, and looks for a run before it creates it."""
+def _sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store, as SQLite names it."""
     from sqlalchemy.engine import make_url
 
     database = make_url(uri).database if uri.startswith("sqlite") else None
+    return Path(database).resolve() if database else None
+
+
+@contextlib.contextmanager
+def _one_writer(uri: str) -> Iterator[None]:
+    """One writer at a time creates the database, and looks for a run before it creates it."""
+    database = _sqlite_file(uri)
     path = Path(f"{database}.lock") if database else main_checkout() / ".vaesweep" / "tracking.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _quick_commits(uri: str) -> Iterator[None]:
+    """Writes to SQLite through a write-ahead log, and leaves the database's file whole without the log.
+
+    A commit then waits for no disk, and a UI that reads neither waits nor is waited for. A power cut may take the last commits,
+    never the database; the next `publish` writes them again. Hosts that share a network disk cannot share a log: there MLflow's
+    own way stays.
+    """
+    database = _sqlite_file(uri)
+    if database is None or not _on_local_disk(database):
+        yield
+        return
+    _write_ahead(str(database))
+    yield
+    if database.is_file():
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database, timeout=1)) as connection:
+            _pragma(connection, "wal_checkpoint(TRUNCATE)")
+
+
+def _on_local_disk(path: Path) -> bool:
+    import psutil
+
+    kinds = {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
+    return next((kinds[folder] for folder in path.parents if folder in kinds), None) in LOCAL_DISKS
+
+
+@cache
+def _write_ahead(database: str) -> None:
+    """Makes every later connection of this process to the database use the log."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def prepare(connection: Any, _: Any) -> None:
+        if not isinstance(connection, sqlite3.Connection):
+            return
+        with contextlib.suppress(sqlite3.Error):  # it is locked just now, or no database, which MLflow finds out too
+            if _pragma(connection, "database_list")[2] == database and _pragma(connection, "journal_mode=WAL") == ("wal",):
+                _pragma(connection, "synchronous=NORMAL")
+
+    event.listen(Engine, "connect", prepare)
+
+
+def _pragma(connection: sqlite3.Connection, text: str) -> Any:
+    return connection.execute(f"PRAGMA {text}").fetchone()
+
+
+@contextlib.contextmanager
+def _no_full_collections() -> Iterator[None]:
+    """MLflow makes so many objects that Python goes through all of torch's, again and again, to find garbage among them."""
+    before = gc.get_threshold()
+    gc.set_threshold(*before[:2], 1_000_000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _mlflow() -> Any:

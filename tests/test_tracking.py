@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import zipfile
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pandas as pd
 import pytest
+import sqlalchemy
 import torch
 from torch import nn
 
@@ -384,6 +389,50 @@ def test_runs_of_others_in_the_experiment_are_left_alone(database):
     mine = tracker._client.create_run(place, run_name="by hand").info.run_id
     assert tracker.publish("study", PARENT, [record(), record("c1")]) == 1
     assert tracker._client.get_run(mine).info.status == "RUNNING"
+
+
+def journal_mode(path: Path) -> str:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute("PRAGMA journal_mode").fetchone()[0]
+
+
+def names(path: Path) -> set[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return {name for (name,) in connection.execute("select name from runs")}
+
+
+def test_the_database_file_alone_is_whole(database, workspace):
+    MlflowTracker(database).publish("study", PARENT, [record(f"c{number}") for number in range(3)])
+    assert journal_mode(workspace / "mlflow.db") == "wal"
+    shutil.copy(workspace / "mlflow.db", workspace / "copy.db")
+    assert names(workspace / "copy.db") >= {"cell c0", "cell c1", "cell c2"}
+
+
+def test_a_reader_holds_up_no_writer_and_is_not_held_up(database, workspace):
+    tracker = MlflowTracker(database)
+    tracker.publish("study", PARENT, [record()])
+    with closing(sqlite3.connect(workspace / "mlflow.db", isolation_level=None)) as reader:
+        reader.execute("begin")
+        before = reader.execute("select count(*) from runs").fetchone()
+        assert tracker.publish("study", PARENT, [record("c1")]) == 1
+        assert reader.execute("select count(*) from runs").fetchone() == before
+    assert "cell c1" in names(workspace / "mlflow.db")
+
+
+def test_on_a_network_disk_and_in_other_databases_nothing_is_changed(database, workspace, monkeypatch):
+    MlflowTracker(database).publish("study", PARENT, [])
+    with sqlalchemy.create_engine(f"sqlite:///{workspace}/optuna.db").connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "delete"
+    shared = workspace / "shared"
+    shared.mkdir()
+    shutil.copy(workspace / "mlflow.db", shared)
+    with closing(sqlite3.connect(shared / "mlflow.db")) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+    disk = partial(SimpleNamespace, opts="rw", device="")
+    disks = [disk(mountpoint="/", fstype="ext4"), disk(mountpoint=str(shared), fstype="nfs4")]
+    monkeypatch.setattr("psutil.disk_partitions", lambda **options: disks)
+    assert MlflowTracker(f"sqlite:///{shared}/mlflow.db").publish("study", PARENT, [record()]) == 1
+    assert journal_mode(shared / "mlflow.db") == "delete"
 
 
 # A store that is away
