@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import sys
@@ -376,8 +377,11 @@ def tracking_uri() -> str:
     """Where runs are kept: `MLFLOW_TRACKING_URI`, else `mlflow.db` in the main checkout."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
-    path = str(main_checkout() / "mlflow.db")
-    return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")
+    return _sqlite_uri(main_checkout() / "mlflow.db")
+
+
+def _sqlite_uri(path: Path) -> str:
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:
@@ -390,7 +394,7 @@ def _sqlite_file(uri: str) -> Path | None:
     from sqlalchemy.engine import make_url
 
     database = make_url(uri).database if uri.startswith("sqlite") else None
-    return Path(database).resolve() if database else None
+    return Path(database).resolve() if database and not database.startswith((":memory:", "file:")) else None
 
 
 @contextlib.contextmanager
@@ -481,18 +485,31 @@ def _mlflow() -> Any:
 
 
 def _connect(uri: str) -> Any:
-    """A client of a store that answers. The first client of a new database creates its tables."""
+    """A client of a store that answers."""
     mlflow = _mlflow()
     parts = urlsplit(uri)
     port = DATABASE_PORTS.get(parts.scheme.split("+")[0])
     if port and parts.hostname:  # mlflow would try for minutes
         address = (parts.hostname, parts.port or port)
         _within(SECONDS_TO_ANSWER, lambda: socket.create_connection(address).close())
+    if database := _sqlite_file(uri):
+        _create(database)
     client = mlflow.MlflowClient(uri)
     if parts.scheme in ("http", "https"):
         patient = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] != REQUEST_TIMEOUT
         _within(None if patient else SECONDS_TO_ANSWER, lambda: client.search_experiments(max_results=1))
     return client
+
+
+def _create(database: Path) -> None:
+    """Has MLflow make a new database elsewhere: it cannot go on with one whose tables a killed process began to make."""
+    if database.exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        begun, copy = Path(folder, "mlflow.db"), Path(f"{database}.new")
+        _mlflow().MlflowClient(_sqlite_uri(begun))
+        shutil.copyfile(begun, copy)
+        os.replace(copy, database)
 
 
 def _within(seconds: float | None, call: Callable[[], Any]) -> None:

@@ -391,6 +391,17 @@ def test_runs_of_others_in_the_experiment_are_left_alone(database):
     assert tracker._client.get_run(mine).info.status == "RUNNING"
 
 
+def test_a_store_whose_creation_is_cut_off_is_made_anew(workspace, monkeypatch):
+    def die(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("alembic.command.upgrade", die)
+        MlflowTracker().publish("study", PARENT, [])
+    assert not (workspace / "mlflow.db").exists()
+    assert MlflowTracker().publish("study", PARENT, [record()]) == 1
+
+
 def journal_mode(path: Path) -> str:
     with closing(sqlite3.connect(path)) as connection:
         return connection.execute("PRAGMA journal_mode").fetchone()[0]
