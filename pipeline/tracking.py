@@ -12,10 +12,12 @@ import contextlib
 import fcntl
 import gc
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
+import queue
 import re
 import shutil
 import socket
@@ -47,6 +49,7 @@ WRITING = "RUNNING"
 
 SECONDS_TO_ANSWER = 5.0
 REQUEST_TIMEOUT = "10"
+CELLS_A_TURN = 256  # other writers wait some seconds
 LOCAL_DISKS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "tmpfs", "xfs", "zfs"}
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 POINTS_A_CALL = 800  # MLflow takes 1,000 metrics, params and tags in one call; beyond, it would write the tags first
@@ -596,10 +599,76 @@ def publish(studies: Iterable[str] = (), searches: Iterable[str] = ()) -> None:
     try:
         synced = sync(MlflowTracker(), studies, searches, load_reconstruction)
     except TrackingError as error:
-        print(f"not in MLflow yet: {error}; `vaesweep sync` uploads it later", file=sys.stderr)
+        _warn(error)
         return
     for note in synced.notes:
         print(note, file=sys.stderr)
+
+
+def _warn(error: VaesweepError) -> None:
+    _print_once(f"not in MLflow yet: {error}; `vaesweep sync` uploads it later")
+
+
+@cache
+def _print_once(line: str) -> None:
+    """Prints to stderr what several attempts in one process would say again."""
+    print(line, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` leaves of a study, or of some of its cells: contents of `about.json`, `manifest.csv` and `history.csv`."""
+
+    about: dict[str, Any]
+    manifest: pd.DataFrame
+    history: pd.DataFrame
+
+
+class Background:
+    """Publishes cells of a study from a thread of its own while others train.
+
+    It may fail, and it ends after the run at hand: whatever it leaves, the next `publish` writes.
+    """
+
+    def __init__(self, study: str, read: Callable[[list[str]], Trained]):
+        """`read` is told the ids of finished cells; it is called in the thread."""
+        self.study, self.read, self.tracker = study, read, MlflowTracker()
+        self._cells: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"publishing {study}", daemon=True)
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._cells.put("")
+        if self._thread.ident:
+            self._thread.join(SECONDS_TO_ANSWER)
+
+    def put(self, cell_ids: Iterable[str]) -> None:
+        """Hands over finished cells; the first call starts the thread, which begins with the parent run."""
+        for cell_id in cell_ids:
+            self._cells.put(cell_id)
+        if not self._thread.ident:
+            self._thread.start()
+
+    def _work(self) -> None:
+        cell_ids: list[str] = []
+        while not self._ended.is_set():
+            try:
+                parent, records = study_records(self.study, trained=self.read(cell_ids))
+                self.tracker.publish(self.study, parent, itertools.takewhile(lambda _: not self._ended.is_set(), records))
+            except VaesweepError as error:
+                _warn(error)
+            cell_ids = self._wait()
+
+    def _wait(self) -> list[str]:
+        """The next cell and those that wait behind it; not all, because other writers wait for the turn to end."""
+        cell_ids = [self._cells.get()]
+        while len(cell_ids) < CELLS_A_TURN and not self._cells.empty():
+            cell_ids.append(self._cells.get())
+        return cell_ids
 
 
 def load_reconstruction(study: str, cell_id: str) -> Reconstruction:
@@ -619,19 +688,26 @@ def ui_command(host: str, port: int) -> list[str]:
 
 
 def study_records(
-    name: str, reconstruction: Callable[[str, str], Reconstruction] | None = None
+    name: str, reconstruction: Callable[[str, str], Reconstruction] | None = None, trained: Trained | None = None
 ) -> tuple[ParentRecord, list[RunRecord]]:
-    """The runs of a study, from the files that its stages have left so far. Raises ArtifactError where `train` has not run."""
-    train = Folders(name).train
-    manifest = read_table(train / "manifest.csv")
-    parent = _parent(name, "study", read_json(train / "about.json"), Folders(name).evaluate / "summary.csv")
-    curves = _curves(train / "history.csv")
-    metrics = _metrics(name, manifest)
+    """The runs of a study, from the files that its stages have left so far; with `trained`, those of its cells.
+
+    Raises ArtifactError where `train` has not run.
+    """
+    trained = trained or _read_trained(Folders(name).train)
+    parent = _parent(name, "study", trained.about, Folders(name).evaluate / "summary.csv")
+    curves = _curves(trained.history)
+    metrics = _metrics(name, trained.manifest)
     records = []
-    for row in manifest.to_dict("records"):
+    for row in trained.manifest.to_dict("records"):
         record = _cell_record(name, row, curves.get(row["cell_id"]), metrics.get(row["cell_id"], {}))
         records.append(_with_pictures(name, record, reconstruction))
     return parent, records
+
+
+def _read_trained(folder: Path) -> Trained:
+    manifest, history = (read_table(folder / table) for table in ("manifest.csv", "history.csv"))
+    return Trained(read_json(folder / "about.json"), manifest, history)
 
 
 def _parent(name: str, kind: str, about: dict[str, Any], summary: Path) -> ParentRecord:
@@ -642,25 +718,29 @@ def _parent(name: str, kind: str, about: dict[str, Any], summary: Path) -> Paren
     )
 
 
-def _curves(path: Path) -> dict[str, pd.DataFrame]:
+def _curves(history: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Each cell's history; `train_loss` becomes `train/loss`, which the UI shows in a group `train`."""
-    history = read_table(path)
     if history.empty:
         return {}
-    history = history.rename(columns=lambda name: name if name == "cell_id" else name.replace("_", "/", 1))
-    return {cell_id: rows.drop(columns="cell_id") for cell_id, rows in history.groupby("cell_id")}
+    values = history.drop(columns="cell_id").rename(columns=lambda name: name.replace("_", "/", 1)).astype(float)
+    return dict(iter(values.groupby(history["cell_id"])))
 
 
 def _metrics(name: str, manifest: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Final metrics by cell, from the tables that exist; a name without a group is one of `prune`."""
     found: dict[str, dict[str, float]] = {}
+    cell_ids = set() if manifest.empty else set(manifest["cell_id"])
     for path in (Folders(name).evaluate / "metrics.csv", Folders(name).prune / "summary.csv"):
         if path.is_file():
-            for row in read_table(path).to_dict("records"):
+            for row in (row for row in read_table(path).to_dict("records") if row["cell_id"] in cell_ids):
                 values = {key: value for key, value in row.items() if key not in manifest.columns}
                 named = {key if "/" in key else f"prune/{key}": value for key, value in values.items()}
-                found.setdefault(row["cell_id"], {}).update(named)
+                found.setdefault(row["cell_id"], {}).update(_numbers(named))
     return found
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if not pd.isna(value)}
 
 
 def _cell_record(study: str, row: dict[str, Any], curves: pd.DataFrame | None, metrics: dict[str, float]) -> RunRecord:
@@ -672,7 +752,7 @@ def _cell_record(study: str, row: dict[str, Any], curves: pd.DataFrame | None, m
         params=params,
         tags={"study": study, **_tags(row, "cell_id", "arm", "data_hash", "unconverged", "diverged_at")},
         curves=curves,
-        metrics={**kept, **metrics},
+        metrics={**_numbers(kept), **metrics},
         step=int(row["updates"]),
         status=row["status"],
     )
@@ -724,7 +804,7 @@ def search_records(name: str) -> tuple[ParentRecord, list[RunRecord]]:
     folder = Folders(name).search
     trials = read_table(folder / "trials.csv")
     about = read_json(folder / "about.json")
-    curves = _curves(folder / "history.csv")
+    curves = _curves(read_table(folder / "history.csv"))
     records = [_trial_record(name, row, about, curves.get(row["cell_id"])) for row in trials.to_dict("records")]
     return _parent(name, "search", about, folder / "trials.csv"), records
 

@@ -7,6 +7,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -505,6 +506,13 @@ def write_study(cells: pd.DataFrame, *, evaluated: bool = True) -> None:
         write_table(folders.prune / "summary.csv", cells.assign(active_units=2))
 
 
+def read_study(cell_ids: list[str]) -> tracking.Trained:
+    """Those cells of the files that `write_study` writes."""
+    whole = tracking._read_trained(Folders("digits").train)
+    manifest, history = (table[table["cell_id"].isin(cell_ids)] for table in (whole.manifest, whole.history))
+    return replace(whole, manifest=manifest, history=history)
+
+
 def cell(cell_id: str, arm: str = "vae", beta: float = 4.0, **fields) -> dict:
     axes = {"manifold_dim": 3, "latent_dim": 8, "beta": beta, "l2": 1e-5, "sigma2": NAN, "learning_rate": 1e-3, "seed": 0}
     return {"cell_id": cell_id, "arm": arm, **axes, **fields}
@@ -599,6 +607,69 @@ def test_sync_publishes_what_is_there_and_notes_the_rest(workspace):
     assert synced.changed == {"digits": 2}
     assert [note.split()[0] for note in synced.notes] == ["pruning", "kl_weight"]
     assert tracking.sync(tracker, ["digits"]).changed == {"digits": 0}
+
+
+class Slow(MemoryTracker):
+    """Notes the turns in which cells are written, and lingers in each cell until somebody ends the thread."""
+
+    def __init__(self, ended: threading.Event):
+        super().__init__()
+        self.ended, self.began, self.turns = ended, threading.Event(), []
+
+    def _session(self):
+        self.turns.append([])
+        return super()._session()
+
+    def _write(self, experiment_id, run, change):
+        super()._write(experiment_id, run, change)
+        if run.tags["run_key"] != "parent":
+            self.turns[-1].append(run.tags["run_key"])
+            self.began.set()
+            self.ended.wait(10)
+
+
+def test_an_ended_thread_finishes_its_run_and_begins_no_other(workspace):
+    write_study(pd.DataFrame([cell("a"), cell("b"), cell("c")]))
+    with tracking.Background("digits", read_study) as background:
+        background.tracker = tracker = Slow(background._ended)
+        background.put(["a", "b", "c"])
+        assert tracker.began.wait(10)
+    assert not background._thread.is_alive()
+    assert tracker.turns == [[], ["a"]]
+    assert {key: run.status for key, run in tracker.runs["digits"].items()} == {"parent": "FINISHED", "a": "FINISHED"}
+    assert tracking.sync(tracker, ["digits"]).changed == {"digits": 2}
+
+
+def test_other_writers_get_a_turn(workspace, monkeypatch):
+    monkeypatch.setattr(tracking, "CELLS_A_TURN", 2)
+    write_study(pd.DataFrame([cell(key) for key in "abcde"]))
+    never_slow = threading.Event()
+    never_slow.set()
+    with tracking.Background("digits", read_study) as background:
+        background.tracker = tracker = Slow(never_slow)
+        background.put("abcde")
+        end = time.monotonic() + 10
+        while len(tracker.turns) < 4 and time.monotonic() < end:
+            time.sleep(0.01)
+    assert tracker.turns == [[], ["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_a_thread_and_another_writer_make_one_copy_in_mlflow(database, workspace):
+    write_study(pd.DataFrame([cell(key) for key in "abcdef"]))
+    with tracking.Background("digits", read_study) as background:
+        background.put("abc")
+        tracking.sync(MlflowTracker(), ["digits"])
+        background.put("def")
+    assert tracking.sync(MlflowTracker(), ["digits"]).changed == {"digits": 0}
+    runs = seen(MlflowTracker(), "digits")
+    assert {"parent", *"abcdef"} <= set(runs)
+    assert {count for run in runs.values() for count in run.points.values()} == {1}
+
+
+def test_a_study_that_is_not_training_starts_no_thread(workspace):
+    with tracking.Background("digits", read_study) as background:
+        pass
+    assert background._thread.ident is None
 
 
 @pytest.mark.parametrize("layout", ["detached", "loose", "packed", "worktree", "none"])
