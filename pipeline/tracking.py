@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
+import queue
 import re
+import shutil
 import socket
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -25,7 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit
@@ -44,6 +49,8 @@ WRITING = "RUNNING"
 
 SECONDS_TO_ANSWER = 5.0
 REQUEST_TIMEOUT = "10"
+CELLS_A_TURN = 256  # other writers wait some seconds
+LOCAL_DISKS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "tmpfs", "xfs", "zfs"}
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 POINTS_A_CALL = 800  # MLflow takes 1,000 metrics, params and tags in one call; beyond, it would write the tags first
 
@@ -146,11 +153,12 @@ class _Publisher(ABC):
             return sum(self._put(experiment_id, runs, replace(record, tags={**record.tags, **below})) for record in records)
 
     def _put(self, experiment_id: str, runs: dict[str, StoredRun], record: RunRecord) -> bool:
+        versions = _versions(record)
         record = replace(record, tags={**record.tags, KEY: record.key})
         if record.key not in runs:
-            runs[record.key] = self._create(experiment_id, record.name, {**record.tags, **_versions(record), **_origin()})
+            runs[record.key] = self._create(experiment_id, record.name, {**record.tags, **versions, **_origin()})
         run = runs[record.key]
-        change = _difference(record, run)
+        change = _difference(record, versions, run)
         if change:
             self._write(experiment_id, run, change)
             _absorb(run, change)
@@ -170,8 +178,7 @@ class _Publisher(ABC):
         """Writes artifacts first, then points, then tags, then the status."""
 
 
-def _difference(record: RunRecord, run: StoredRun) -> Change:
-    versions = _versions(record)
+def _difference(record: RunRecord, versions: dict[str, str], run: StoredRun) -> Change:
     held = {} if run.status == WRITING else run.tags
     stale = {name.removeprefix("version.") for name, version in versions.items() if held.get(name) != version}
     tags = {name: value for name, value in {**record.tags, **versions}.items() if run.tags.get(name) != value}
@@ -212,12 +219,16 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _curve_points(record: RunRecord, run: StoredRun, wanted: bool) -> Iterator[Point]:
-    """Points whose time follows from the run and the update, so that writing them again adds nothing."""
+    """Points whose time follows from the run and the update, so that writing them again adds nothing.
+
+    The newest come first: MLflow keeps the latest value of each curve in a row of its own, which it then sets once.
+    """
     if record.curves is None or not wanted:
         return
-    updates = [int(update) for update in record.curves["update"]]
-    for name in record.curves.columns.drop("update"):
-        for update, value in zip(updates, record.curves[name].tolist(), strict=True):
+    curves = record.curves[::-1].to_dict("list")
+    updates = [int(update) for update in curves.pop("update")]
+    for name, values in curves.items():
+        for update, value in zip(updates, values, strict=True):
             if math.isfinite(value):
                 yield Point(name, value, update, run.started + update)
 
@@ -281,7 +292,7 @@ class MlflowTracker(_Publisher):
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[None]:
-        with _one_line_errors(self.uri), _one_writer(self.uri):
+        with _one_line_errors(self.uri), _one_writer(self.uri), _quick_commits(self.uri), _no_full_collections():
             self._client = self._client or _connect(self.uri)
             yield
 
@@ -369,8 +380,11 @@ def tracking_uri() -> str:
     """Where runs are kept: `MLFLOW_TRACKING_URI`, else `mlflow.db` in the main checkout."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
-    path = str(main_checkout() / "mlflow.db")
-    return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")
+    return _sqlite_uri(main_checkout() / "mlflow.db")
+
+
+def _sqlite_uri(path: Path) -> str:
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:
@@ -378,17 +392,80 @@ def _artifact_location(uri: str, experiment: str) -> str | None:
     return None if uri.startswith("http") else (main_checkout() / "mlartifacts" / experiment).as_uri()
 
 
-@contextlib.contextmanager
-def _one_writer(uri: str) -> Iterator[None]:
-    """One process at a time creates the database, and looks for a run before it creates it."""
+def _sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store, as SQLite names it."""
     from sqlalchemy.engine import make_url
 
     database = make_url(uri).database if uri.startswith("sqlite") else None
+    return Path(database).resolve() if database and not database.startswith((":memory:", "file:")) else None
+
+
+@contextlib.contextmanager
+def _one_writer(uri: str) -> Iterator[None]:
+    """One writer at a time creates the database, and looks for a run before it creates it."""
+    database = _sqlite_file(uri)
     path = Path(f"{database}.lock") if database else main_checkout() / ".vaesweep" / "tracking.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _quick_commits(uri: str) -> Iterator[None]:
+    """Writes to SQLite through a write-ahead log, and leaves the database's file whole without the log.
+
+    A commit then waits for no disk, and a UI that reads neither waits nor is waited for. A power cut may take the last commits,
+    never the database; the next `publish` writes them again. Hosts that share a network disk cannot share a log: there MLflow's
+    own way stays.
+    """
+    database = _sqlite_file(uri)
+    if database is None or not _on_local_disk(database):
+        yield
+        return
+    _write_ahead(str(database))
+    yield
+    if database.is_file():
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database, timeout=1)) as connection:
+            _pragma(connection, "wal_checkpoint(TRUNCATE)")
+
+
+def _on_local_disk(path: Path) -> bool:
+    import psutil
+
+    kinds = {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
+    return next((kinds[folder] for folder in path.parents if folder in kinds), None) in LOCAL_DISKS
+
+
+@cache
+def _write_ahead(database: str) -> None:
+    """Makes every later connection of this process to the database use the log."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def prepare(connection: Any, _: Any) -> None:
+        if not isinstance(connection, sqlite3.Connection):
+            return
+        with contextlib.suppress(sqlite3.Error):  # it is locked just now, or no database, which MLflow finds out too
+            if _pragma(connection, "database_list")[2] == database and _pragma(connection, "journal_mode=WAL") == ("wal",):
+                _pragma(connection, "synchronous=NORMAL")
+
+    event.listen(Engine, "connect", prepare)
+
+
+def _pragma(connection: sqlite3.Connection, text: str) -> Any:
+    return connection.execute(f"PRAGMA {text}").fetchone()
+
+
+@contextlib.contextmanager
+def _no_full_collections() -> Iterator[None]:
+    """MLflow makes so many objects that Python goes through all of torch's, again and again, to find garbage among them."""
+    before = gc.get_threshold()
+    gc.set_threshold(*before[:2], 1_000_000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _mlflow() -> Any:
@@ -411,18 +488,31 @@ def _mlflow() -> Any:
 
 
 def _connect(uri: str) -> Any:
-    """A client of a store that answers. The first client of a new database creates its tables."""
+    """A client of a store that answers."""
     mlflow = _mlflow()
     parts = urlsplit(uri)
     port = DATABASE_PORTS.get(parts.scheme.split("+")[0])
     if port and parts.hostname:  # mlflow would try for minutes
         address = (parts.hostname, parts.port or port)
         _within(SECONDS_TO_ANSWER, lambda: socket.create_connection(address).close())
+    if database := _sqlite_file(uri):
+        _create(database)
     client = mlflow.MlflowClient(uri)
     if parts.scheme in ("http", "https"):
         patient = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] != REQUEST_TIMEOUT
         _within(None if patient else SECONDS_TO_ANSWER, lambda: client.search_experiments(max_results=1))
     return client
+
+
+def _create(database: Path) -> None:
+    """Has MLflow make a new database elsewhere: it cannot go on with one whose tables a killed process began to make."""
+    if database.exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        begun, copy = Path(folder, "mlflow.db"), Path(f"{database}.new")
+        _mlflow().MlflowClient(_sqlite_uri(begun))
+        shutil.copyfile(begun, copy)
+        os.replace(copy, database)
 
 
 def _within(seconds: float | None, call: Callable[[], Any]) -> None:
@@ -509,10 +599,76 @@ def publish(studies: Iterable[str] = (), searches: Iterable[str] = ()) -> None:
     try:
         synced = sync(MlflowTracker(), studies, searches, load_reconstruction)
     except TrackingError as error:
-        print(f"not in MLflow yet: {error}; `vaesweep sync` uploads it later", file=sys.stderr)
+        _warn(error)
         return
     for note in synced.notes:
         print(note, file=sys.stderr)
+
+
+def _warn(error: VaesweepError) -> None:
+    _print_once(f"not in MLflow yet: {error}; `vaesweep sync` uploads it later")
+
+
+@cache
+def _print_once(line: str) -> None:
+    """Prints to stderr what several attempts in one process would say again."""
+    print(line, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` leaves of a study, or of some of its cells: contents of `about.json`, `manifest.csv` and `history.csv`."""
+
+    about: dict[str, Any]
+    manifest: pd.DataFrame
+    history: pd.DataFrame
+
+
+class Background:
+    """Publishes cells of a study from a thread of its own while others train.
+
+    It may fail, and it ends after the run at hand: whatever it leaves, the next `publish` writes.
+    """
+
+    def __init__(self, study: str, read: Callable[[list[str]], Trained]):
+        """`read` is told the ids of finished cells; it is called in the thread."""
+        self.study, self.read, self.tracker = study, read, MlflowTracker()
+        self._cells: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"publishing {study}", daemon=True)
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._cells.put("")
+        if self._thread.ident:
+            self._thread.join(SECONDS_TO_ANSWER)
+
+    def put(self, cell_ids: Iterable[str]) -> None:
+        """Hands over finished cells; the first call starts the thread, which begins with the parent run."""
+        for cell_id in cell_ids:
+            self._cells.put(cell_id)
+        if not self._thread.ident:
+            self._thread.start()
+
+    def _work(self) -> None:
+        cell_ids: list[str] = []
+        while not self._ended.is_set():
+            try:
+                parent, records = study_records(self.study, trained=self.read(cell_ids))
+                self.tracker.publish(self.study, parent, itertools.takewhile(lambda _: not self._ended.is_set(), records))
+            except VaesweepError as error:
+                _warn(error)
+            cell_ids = self._wait()
+
+    def _wait(self) -> list[str]:
+        """The next cell and those that wait behind it; not all, because other writers wait for the turn to end."""
+        cell_ids = [self._cells.get()]
+        while len(cell_ids) < CELLS_A_TURN and not self._cells.empty():
+            cell_ids.append(self._cells.get())
+        return cell_ids
 
 
 def load_reconstruction(study: str, cell_id: str) -> Reconstruction:
@@ -532,19 +688,26 @@ def ui_command(host: str, port: int) -> list[str]:
 
 
 def study_records(
-    name: str, reconstruction: Callable[[str, str], Reconstruction] | None = None
+    name: str, reconstruction: Callable[[str, str], Reconstruction] | None = None, trained: Trained | None = None
 ) -> tuple[ParentRecord, list[RunRecord]]:
-    """The runs of a study, from the files that its stages have left so far. Raises ArtifactError where `train` has not run."""
-    train = Folders(name).train
-    manifest = read_table(train / "manifest.csv")
-    parent = _parent(name, "study", read_json(train / "about.json"), Folders(name).evaluate / "summary.csv")
-    curves = _curves(train / "history.csv")
-    metrics = _metrics(name, manifest)
+    """The runs of a study, from the files that its stages have left so far; with `trained`, those of its cells.
+
+    Raises ArtifactError where `train` has not run.
+    """
+    trained = trained or _read_trained(Folders(name).train)
+    parent = _parent(name, "study", trained.about, Folders(name).evaluate / "summary.csv")
+    curves = _curves(trained.history)
+    metrics = _metrics(name, trained.manifest)
     records = []
-    for row in manifest.to_dict("records"):
+    for row in trained.manifest.to_dict("records"):
         record = _cell_record(name, row, curves.get(row["cell_id"]), metrics.get(row["cell_id"], {}))
         records.append(_with_pictures(name, record, reconstruction))
     return parent, records
+
+
+def _read_trained(folder: Path) -> Trained:
+    manifest, history = (read_table(folder / table) for table in ("manifest.csv", "history.csv"))
+    return Trained(read_json(folder / "about.json"), manifest, history)
 
 
 def _parent(name: str, kind: str, about: dict[str, Any], summary: Path) -> ParentRecord:
@@ -555,25 +718,29 @@ def _parent(name: str, kind: str, about: dict[str, Any], summary: Path) -> Paren
     )
 
 
-def _curves(path: Path) -> dict[str, pd.DataFrame]:
+def _curves(history: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Each cell's history; `train_loss` becomes `train/loss`, which the UI shows in a group `train`."""
-    history = read_table(path)
     if history.empty:
         return {}
-    history = history.rename(columns=lambda name: name if name == "cell_id" else name.replace("_", "/", 1))
-    return {cell_id: rows.drop(columns="cell_id") for cell_id, rows in history.groupby("cell_id")}
+    values = history.drop(columns="cell_id").rename(columns=lambda name: name.replace("_", "/", 1)).astype(float)
+    return dict(iter(values.groupby(history["cell_id"])))
 
 
 def _metrics(name: str, manifest: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Final metrics by cell, from the tables that exist; a name without a group is one of `prune`."""
     found: dict[str, dict[str, float]] = {}
+    cell_ids = set() if manifest.empty else set(manifest["cell_id"])
     for path in (Folders(name).evaluate / "metrics.csv", Folders(name).prune / "summary.csv"):
         if path.is_file():
-            for row in read_table(path).to_dict("records"):
+            for row in (row for row in read_table(path).to_dict("records") if row["cell_id"] in cell_ids):
                 values = {key: value for key, value in row.items() if key not in manifest.columns}
                 named = {key if "/" in key else f"prune/{key}": value for key, value in values.items()}
-                found.setdefault(row["cell_id"], {}).update(named)
+                found.setdefault(row["cell_id"], {}).update(_numbers(named))
     return found
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if not pd.isna(value)}
 
 
 def _cell_record(study: str, row: dict[str, Any], curves: pd.DataFrame | None, metrics: dict[str, float]) -> RunRecord:
@@ -585,7 +752,7 @@ def _cell_record(study: str, row: dict[str, Any], curves: pd.DataFrame | None, m
         params=params,
         tags={"study": study, **_tags(row, "cell_id", "arm", "data_hash", "unconverged", "diverged_at")},
         curves=curves,
-        metrics={**kept, **metrics},
+        metrics={**_numbers(kept), **metrics},
         step=int(row["updates"]),
         status=row["status"],
     )
@@ -637,7 +804,7 @@ def search_records(name: str) -> tuple[ParentRecord, list[RunRecord]]:
     folder = Folders(name).search
     trials = read_table(folder / "trials.csv")
     about = read_json(folder / "about.json")
-    curves = _curves(folder / "history.csv")
+    curves = _curves(read_table(folder / "history.csv"))
     records = [_trial_record(name, row, about, curves.get(row["cell_id"])) for row in trials.to_dict("records")]
     return _parent(name, "search", about, folder / "trials.csv"), records
 

@@ -1,6 +1,9 @@
 """The stages on a tiny study in a folder of its own, called as functions; `test_repro.py` runs them through DVC."""
 
 import shutil
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +12,10 @@ import pytest
 from pipeline import tracking
 from pipeline.artifacts import ArtifactError, CellStore, Folders, read_json, read_table, read_tensors
 from pipeline.config import VaesweepError
+from pipeline.executors import Inline, Interrupted
 from pipeline.stages import clean, evaluate, plan, prepare, prune, search, train
+
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
 STUDY = """
 title: A tiny study
@@ -47,7 +53,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(tracking, "publish", lambda **_: None)
+        patch.setattr(tracking, "MlflowTracker", tracking.MemoryTracker)
         Path("configs").mkdir()
         Path("params.yaml").write_text("studies: [tiny]\nsearches: {hunt: tiny}\n")
         write()
@@ -61,7 +67,7 @@ def trained(tmp_path_factory):
 def workspace(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(tracking, "publish", lambda **_: None)
+    monkeypatch.setattr(tracking, "MlflowTracker", tracking.MemoryTracker)
     return tmp_path / "work"
 
 
@@ -89,6 +95,116 @@ def test_adding_a_beta_trains_only_the_new_cells_and_removing_it_removes_its_row
     assert drive.cells == []
     pd.testing.assert_frame_equal(read_table(Folders("tiny").train / "manifest.csv"), before)
     assert len(list((Folders("tiny").train / "weights").iterdir())) == 8
+
+
+class Tracker(tracking.MemoryTracker):
+    """Counts how often each run is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.written = Counter()
+
+    def _write(self, experiment_id, run, change):
+        super()._write(experiment_id, run, change)
+        self.written[run.tags[tracking.KEY]] += 1
+
+    def finished(self):
+        return {key for key, run in dict(self.runs.get("tiny", {})).items() if run.status != tracking.WRITING}
+
+
+@pytest.fixture
+def tracker(workspace, monkeypatch):
+    """What all publications of a test share, in a workspace in which nothing is trained, one stack after another."""
+    shutil.rmtree(workspace / ".vaesweep")
+    monkeypatch.setattr(train, "local_executor", Inline)
+    tracker = Tracker()
+    monkeypatch.setattr(tracking, "MlflowTracker", lambda: tracker)
+    return tracker
+
+
+def within_seconds(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def publishing():
+    return [thread for thread in threading.enumerate() if thread.name == "publishing tiny"]
+
+
+def test_cells_are_published_while_others_train_and_never_again(tracker):
+    write(STUDY.replace("seed: [0, 1]", "seed: [0]\n  learning_rate: [1.0e-3, 1.0e+30]"))
+    seen = []
+
+    def watch(name, advances):
+        for advance in advances:
+            if advance.cells_done < advance.cells:
+                trained = set(CellStore())
+                assert within_seconds(lambda trained=trained: tracker.finished() == {"parent", *trained})
+                seen.append(len(trained))
+
+    train.run("tiny", watch)
+    assert sorted(set(seen)) == [0, 4]
+    assert not publishing()
+    cells = read_table(Folders("tiny").train / "manifest.csv")
+    assert Counter(cells["status"]) == {"finished": 4, "diverged": 4}
+    assert tracker.written == Counter(["parent", *cells["cell_id"]])
+
+
+def test_a_grown_study_publishes_its_new_cells_and_its_parent(tracker):
+    train.run("tiny", drive)
+    evaluate.run("tiny")
+    prune.run("tiny")
+    before, trained = tracker.written.copy(), set(CellStore())
+    write(STUDY.replace("[1]}", "[1, 4]}"))
+    train.run("tiny", lambda name, advances: drive(name, advances) or within_seconds(lambda: len(tracker.finished()) == 13))
+    assert tracker.written - before == Counter(["parent", *set(CellStore()).difference(trained)])
+
+
+def test_an_interrupted_training_publishes_what_it_has_trained_and_the_next_one_the_rest(tracker):
+    asked = []
+
+    def watch(name, advances):
+        for advance in advances:
+            if advance.cells_done == 4:
+                asked.append(within_seconds(lambda: len(tracker.finished()) == 5))
+
+    with pytest.raises(Interrupted):
+        train.run("tiny", watch, lambda: 15 if asked else None)
+    assert not publishing()
+    assert len(tracker.finished()) == 5 and len(list(CellStore())) == 4
+    train.run("tiny", drive)
+    assert set(drive.cells) == {4}
+    assert tracker.written == Counter(["parent", *read_table(Folders("tiny").train / "manifest.csv")["cell_id"]])
+
+
+def test_a_store_that_is_away_costs_one_line(tracker, monkeypatch, capsys):
+    tried = []
+
+    def away():
+        tried.append(threading.current_thread().name)
+        raise tracking.TrackingError("MLflow is on holiday")
+
+    monkeypatch.setattr(tracker, "_session", away)
+    train.run("tiny", lambda name, advances: drive(name, advances) or within_seconds(lambda: tried))
+    assert set(tried) == {"publishing tiny", "MainThread"}
+    assert len(read_table(Folders("tiny").train / "manifest.csv")) == 8
+    assert capsys.readouterr().err == "not in MLflow yet: MLflow is on holiday; `vaesweep sync` uploads it later\n"
+
+
+def test_a_thread_that_fails_leaves_everything_to_the_end(tracker, monkeypatch):
+    session, failures = tracker._session, []
+
+    def fails_in_threads():
+        assert threading.current_thread() is threading.main_thread()
+        return session()
+
+    monkeypatch.setattr(tracker, "_session", fails_in_threads)
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    train.run("tiny", drive)
+    assert [failure.exc_type for failure in failures] == [AssertionError]
+    assert tracker.written == Counter(["parent", *read_table(Folders("tiny").train / "manifest.csv")["cell_id"]])
 
 
 def test_evaluate_measures_every_cell(workspace):
@@ -185,8 +301,6 @@ def test_search_reaches_its_target_count_and_a_second_start_trains_nothing(works
 
 
 def test_an_interrupted_search_goes_on_with_the_same_trials(workspace):
-    from pipeline.executors import Interrupted
-
     for _ in range(2):
         shown = []
         with pytest.raises(Interrupted):

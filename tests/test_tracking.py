@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pandas as pd
 import pytest
+import sqlalchemy
 import torch
 from torch import nn
 
@@ -386,6 +392,61 @@ def test_runs_of_others_in_the_experiment_are_left_alone(database):
     assert tracker._client.get_run(mine).info.status == "RUNNING"
 
 
+def test_a_store_whose_creation_is_cut_off_is_made_anew(workspace, monkeypatch):
+    def die(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("alembic.command.upgrade", die)
+        MlflowTracker().publish("study", PARENT, [])
+    assert not (workspace / "mlflow.db").exists()
+    assert MlflowTracker().publish("study", PARENT, [record()]) == 1
+
+
+def journal_mode(path: Path) -> str:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute("PRAGMA journal_mode").fetchone()[0]
+
+
+def names(path: Path) -> set[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return {name for (name,) in connection.execute("select name from runs")}
+
+
+def test_the_database_file_alone_is_whole(database, workspace):
+    MlflowTracker(database).publish("study", PARENT, [record(f"c{number}") for number in range(3)])
+    assert journal_mode(workspace / "mlflow.db") == "wal"
+    shutil.copy(workspace / "mlflow.db", workspace / "copy.db")
+    assert names(workspace / "copy.db") >= {"cell c0", "cell c1", "cell c2"}
+
+
+def test_a_reader_holds_up_no_writer_and_is_not_held_up(database, workspace):
+    tracker = MlflowTracker(database)
+    tracker.publish("study", PARENT, [record()])
+    with closing(sqlite3.connect(workspace / "mlflow.db", isolation_level=None)) as reader:
+        reader.execute("begin")
+        before = reader.execute("select count(*) from runs").fetchone()
+        assert tracker.publish("study", PARENT, [record("c1")]) == 1
+        assert reader.execute("select count(*) from runs").fetchone() == before
+    assert "cell c1" in names(workspace / "mlflow.db")
+
+
+def test_on_a_network_disk_and_in_other_databases_nothing_is_changed(database, workspace, monkeypatch):
+    MlflowTracker(database).publish("study", PARENT, [])
+    with sqlalchemy.create_engine(f"sqlite:///{workspace}/optuna.db").connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "delete"
+    shared = workspace / "shared"
+    shared.mkdir()
+    shutil.copy(workspace / "mlflow.db", shared)
+    with closing(sqlite3.connect(shared / "mlflow.db")) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+    disk = partial(SimpleNamespace, opts="rw", device="")
+    disks = [disk(mountpoint="/", fstype="ext4"), disk(mountpoint=str(shared), fstype="nfs4")]
+    monkeypatch.setattr("psutil.disk_partitions", lambda **options: disks)
+    assert MlflowTracker(f"sqlite:///{shared}/mlflow.db").publish("study", PARENT, [record()]) == 1
+    assert journal_mode(shared / "mlflow.db") == "delete"
+
+
 # A store that is away
 
 
@@ -443,6 +504,13 @@ def write_study(cells: pd.DataFrame, *, evaluated: bool = True) -> None:
     if evaluated:
         write_table(folders.evaluate / "metrics.csv", cells.assign(unconverged=False, **{"test/mse": 0.25, "test/elbo": NAN}))
         write_table(folders.prune / "summary.csv", cells.assign(active_units=2))
+
+
+def read_study(cell_ids: list[str]) -> tracking.Trained:
+    """Those cells of the files that `write_study` writes."""
+    whole = tracking._read_trained(Folders("digits").train)
+    manifest, history = (table[table["cell_id"].isin(cell_ids)] for table in (whole.manifest, whole.history))
+    return replace(whole, manifest=manifest, history=history)
 
 
 def cell(cell_id: str, arm: str = "vae", beta: float = 4.0, **fields) -> dict:
@@ -539,6 +607,69 @@ def test_sync_publishes_what_is_there_and_notes_the_rest(workspace):
     assert synced.changed == {"digits": 2}
     assert [note.split()[0] for note in synced.notes] == ["pruning", "kl_weight"]
     assert tracking.sync(tracker, ["digits"]).changed == {"digits": 0}
+
+
+class Slow(MemoryTracker):
+    """Notes the turns in which cells are written, and lingers in each cell until somebody ends the thread."""
+
+    def __init__(self, ended: threading.Event):
+        super().__init__()
+        self.ended, self.began, self.turns = ended, threading.Event(), []
+
+    def _session(self):
+        self.turns.append([])
+        return super()._session()
+
+    def _write(self, experiment_id, run, change):
+        super()._write(experiment_id, run, change)
+        if run.tags["run_key"] != "parent":
+            self.turns[-1].append(run.tags["run_key"])
+            self.began.set()
+            self.ended.wait(10)
+
+
+def test_an_ended_thread_finishes_its_run_and_begins_no_other(workspace):
+    write_study(pd.DataFrame([cell("a"), cell("b"), cell("c")]))
+    with tracking.Background("digits", read_study) as background:
+        background.tracker = tracker = Slow(background._ended)
+        background.put(["a", "b", "c"])
+        assert tracker.began.wait(10)
+    assert not background._thread.is_alive()
+    assert tracker.turns == [[], ["a"]]
+    assert {key: run.status for key, run in tracker.runs["digits"].items()} == {"parent": "FINISHED", "a": "FINISHED"}
+    assert tracking.sync(tracker, ["digits"]).changed == {"digits": 2}
+
+
+def test_other_writers_get_a_turn(workspace, monkeypatch):
+    monkeypatch.setattr(tracking, "CELLS_A_TURN", 2)
+    write_study(pd.DataFrame([cell(key) for key in "abcde"]))
+    never_slow = threading.Event()
+    never_slow.set()
+    with tracking.Background("digits", read_study) as background:
+        background.tracker = tracker = Slow(never_slow)
+        background.put("abcde")
+        end = time.monotonic() + 10
+        while len(tracker.turns) < 4 and time.monotonic() < end:
+            time.sleep(0.01)
+    assert tracker.turns == [[], ["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_a_thread_and_another_writer_make_one_copy_in_mlflow(database, workspace):
+    write_study(pd.DataFrame([cell(key) for key in "abcdef"]))
+    with tracking.Background("digits", read_study) as background:
+        background.put("abc")
+        tracking.sync(MlflowTracker(), ["digits"])
+        background.put("def")
+    assert tracking.sync(MlflowTracker(), ["digits"]).changed == {"digits": 0}
+    runs = seen(MlflowTracker(), "digits")
+    assert {"parent", *"abcdef"} <= set(runs)
+    assert {count for run in runs.values() for count in run.points.values()} == {1}
+
+
+def test_a_study_that_is_not_training_starts_no_thread(workspace):
+    with tracking.Background("digits", read_study) as background:
+        pass
+    assert background._thread.ident is None
 
 
 @pytest.mark.parametrize("layout", ["detached", "loose", "packed", "worktree", "none"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -22,21 +24,35 @@ def run(name: str, show: Show, stop: Callable[[], int | None] = lambda: None) ->
     settings, study = load_settings(), load_study(name)
     data, runtime, store = load_prepared(Folders(name).prepared, study.data), find_runtime(settings.device), CellStore()
     wanted = identify(cells(study), data.hashes, runtime)
+    about = _about(name, study, wanted, data, runtime)
+
+    def trained(keys: Iterable[str]) -> tracking.Trained:
+        finished = {key: wanted[key] for key in keys}
+        return tracking.Trained(about, pd.DataFrame(_manifest(finished, data, store)), store.history(finished))
+
     with store.lock(f"training study {name}"):
-        show(name, local_executor(store, runtime.device, settings.stack_size, stop).run(wanted, data))
-        _assemble(name, study, wanted, data, runtime, store)
+        advances = local_executor(store, runtime.device, settings.stack_size, stop).run(wanted, data)
+        with tracking.Background(name, trained) as background:
+            show(name, _announced(advances, wanted, store, background.put))
+        _assemble(Folders(name).train, trained(wanted), store)
     tracking.publish(studies=[name])
 
 
-def _assemble(name: str, study: Study, wanted: Mapping[str, Cell], data: Prepared, runtime: Runtime, store: CellStore) -> None:
-    folder = Folders(name).train
-    shutil.rmtree(folder / "weights", ignore_errors=True)
-    for key in wanted:
-        if store.record(key)["status"] == "finished":
-            link(store.weights_path(key), folder / "weights" / f"{key}.safetensors")
-    write_table(folder / "manifest.csv", pd.DataFrame(_manifest(wanted, data, store)))
-    write_table(folder / "history.csv", store.history(wanted))
-    about = {
+def _announced(
+    advances: Iterable[Advance], wanted: Iterable[str], store: CellStore, announce: Callable[[list[str]], None]
+) -> Iterator[Advance]:
+    """The same advances; cells are announced as soon as the store has them, and at the first advance none."""
+    training, done = [key for key in wanted if key not in store], None
+    for advance in advances:
+        if advance.cells_done != done:
+            done, finished = advance.cells_done, [key for key in training if key in store]
+            training = [key for key in training if key not in finished]
+            announce(finished)
+        yield advance
+
+
+def _about(name: str, study: Study, wanted: Mapping[str, Cell], data: Prepared, runtime: Runtime) -> dict[str, Any]:
+    return {
         "study": name,
         "title": study.title,
         "cells": len(wanted),
@@ -47,7 +63,6 @@ def _assemble(name: str, study: Study, wanted: Mapping[str, Cell], data: Prepare
         "engine_version": ENGINE_VERSION,
         "keep": study.train.keep,
     }
-    write_json(folder / "about.json", about)
 
 
 def _manifest(wanted: Mapping[str, Cell], data: Prepared, store: CellStore) -> Iterator[dict]:
@@ -59,3 +74,13 @@ def _manifest(wanted: Mapping[str, Cell], data: Prepared, store: CellStore) -> I
         }
         place = {"dataset": cell.dataset, "data_hash": data.hashes[cell.dataset]}
         yield {"cell_id": key, **cell.row(), **place, **ended, "unconverged": record["unconverged"]}
+
+
+def _assemble(folder: Path, trained: tracking.Trained, store: CellStore) -> None:
+    shutil.rmtree(folder / "weights", ignore_errors=True)
+    for row in trained.manifest.to_dict("records"):
+        if row["status"] == "finished":
+            link(store.weights_path(row["cell_id"]), folder / "weights" / f"{row['cell_id']}.safetensors")
+    write_table(folder / "manifest.csv", trained.manifest)
+    write_table(folder / "history.csv", trained.history)
+    write_json(folder / "about.json", trained.about)
