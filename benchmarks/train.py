@@ -102,10 +102,10 @@ class Stack:
 
     def advance(self, updates: int) -> Tensor:
         losses = []
-        for progress in self.run:
+        for update in self.run:
             losses.append(self.trainer.history[self.point, : self.cells, 0])
             self.point += 1
-            if progress.update % updates == 0:
+            if update % updates == 0:
                 break
         return torch.stack(losses).mean(dim=0)
 

@@ -260,6 +260,7 @@ class Settings(Strict):
     searches: dict[Name, Name] = Field({}, description="each search with the study whose prepared data it uses")
     data_root: str | None = Field(None, description="folder with downloaded datasets; VAESWEEP_DATA_ROOT overrides it")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bf16"] = Field("float32", description="of the products of wide layers in training")
     stack_size: Count | None = Field(None, description="cells that train together; chosen automatically if null")
 
     @model_validator(mode="after")

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from pipeline.artifacts import ArtifactError, CellStore, Prepared
-from pipeline.config import Model, VaesweepError
+from pipeline.config import Model, Settings, VaesweepError
 from pipeline.grid import Cell, Runtime, parameter_count, stacks
 from pipeline.trainer import StackTrainer
 
 CHECKPOINT_SECONDS = 20.0
-CPU_STACK_PARAMETERS = 2**23  # measured: from 8 cells of 0.9 million parameters on, and from 64 of 2,000, time a cell is level
+CPU_STACK_PARAMETERS = 2**23  # measured: from 8 cells of 0.9 million parameters on, time a cell is level
 STACK_CELLS = 256
 POLL_SECONDS = 0.2
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
@@ -58,12 +58,20 @@ class Executor(Protocol):
     def run(self, wanted: Mapping[str, Cell], data: Prepared) -> Iterator[Advance]: ...
 
 
-def find_runtime(setting: str) -> Runtime:
+def find_runtime(settings: Settings) -> Runtime:
     """The device that `device: auto|cpu|cuda` means here, and the torch that runs on it. Raises VaesweepError."""
-    if setting == "cuda" and not torch.cuda.is_available():
+    if settings.device == "cuda" and not torch.cuda.is_available():
         raise VaesweepError("params.yaml: device: is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'")
-    device = "cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu"
-    return Runtime(device=device, torch=torch.__version__)
+    device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if settings.precision == "bf16" and not _multiplies_bf16(device):
+        raise VaesweepError(f"params.yaml: precision: is 'bf16', but this {device.upper()} has no bf16 products; use 'float32'")
+    return Runtime(device=device, torch=torch.__version__, precision=settings.precision)
+
+
+def _multiplies_bf16(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def bytes_per_cell(model: Model, features: int, latent_dim: int, batch_size: int) -> int:
@@ -115,11 +123,11 @@ class StackTraining:
         store: CellStore,
         train_x: list[Tensor],
         validation_x: list[Tensor],
-        device: str,
+        runtime: Runtime,
         stop: Callable[[], bool],
         checkpoint_seconds: float,
     ):
-        self.store, self.train_x, self.validation_x, self.device = store, train_x, validation_x, device
+        self.store, self.train_x, self.validation_x, self.runtime = store, train_x, validation_x, runtime
         self.stop, self.checkpoint_seconds, self.stopped = stop, checkpoint_seconds, False
 
     def run(self, keys: list[str], cells: Mapping[str, Cell]) -> Iterator[int]:
@@ -139,18 +147,19 @@ class StackTraining:
                 yield from self.run(half, cells)
 
     def _whole(self, keys: list[str], cells: Mapping[str, Cell]) -> Iterator[int]:
-        trainer = StackTrainer([cells[key] for key in keys], self.train_x, self.validation_x, self.device)
+        where = self.runtime.device, self.runtime.precision
+        trainer = StackTrainer([cells[key] for key in keys], self.train_x, self.validation_x, *where)
         if state := self._checkpoint(keys):
             trainer.restore(state)
         saved = time.monotonic()
-        for progress in trainer.run():
+        for update in trainer.run():
             self.stopped = self.stop()
             if self.stopped or time.monotonic() - saved > self.checkpoint_seconds:
                 self.store.save_checkpoint(keys, trainer.state())
                 saved = time.monotonic()
             if self.stopped:
                 return
-            yield progress.update
+            yield update
         for key, result in zip(keys, trainer.finish(), strict=True):
             self.store.save(key, result.record, result.weights)
         self.store.remove_checkpoint(keys)
@@ -158,7 +167,7 @@ class StackTraining:
     def _checkpoint(self, keys: list[str]) -> dict[str, Tensor] | None:
         """The stack's checkpoint, or None where there is none that can be read: training then starts anew."""
         try:
-            return self.store.load_checkpoint(keys, self.device)
+            return self.store.load_checkpoint(keys, self.runtime.device)
         except ArtifactError:
             return None
 
@@ -169,13 +178,13 @@ class _LocalExecutor(ABC):
     def __init__(
         self,
         store: CellStore,
-        device: str = "cpu",
+        runtime: Runtime,
         stack_size: int | None = None,
         stop: Callable[[], int | None] = lambda: None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ):
         """`stop` answers the number of a signal that asked to stop, or None; it is asked after each history point."""
-        self.store, self.device, self.stack_size = store, device, stack_size
+        self.store, self.runtime, self.stack_size = store, runtime, stack_size
         self.stop, self.checkpoint_seconds = stop, checkpoint_seconds
         self.signal_number: int | None = None
 
@@ -203,7 +212,7 @@ class _LocalExecutor(ABC):
             if all(key in rest for key in keys):
                 resumed.append(keys)
                 rest = {key: cell for key, cell in rest.items() if key not in keys}
-        return resumed + plan_stacks(rest, features, self.device, self.stack_size)
+        return resumed + plan_stacks(rest, features, self.runtime.device, self.stack_size)
 
     def _asked_to_stop(self) -> bool:
         self.signal_number = self.signal_number or self.stop()
@@ -219,7 +228,7 @@ class Inline(_LocalExecutor):
 
     def _train(self, groups: list[list[str]], cells: Mapping[str, Cell], data: Prepared) -> Iterator[tuple[int, int | None]]:
         x = data.x["train"], data.x["validation"]
-        training = StackTraining(self.store, *x, self.device, self._asked_to_stop, self.checkpoint_seconds)
+        training = StackTraining(self.store, *x, self.runtime, self._asked_to_stop, self.checkpoint_seconds)
         keep_freed_memory()
         with one_thread():
             for index, keys in enumerate(groups):
@@ -243,7 +252,7 @@ class Workers(_LocalExecutor):
         progress, stop = context.SimpleQueue(), context.Event()
         # As arrays, by value: tensors would travel through shared memory, of which a container may have little.
         x = [[part.numpy() for part in data.x[split]] for split in ("train", "validation")]
-        job = (self.store.root, *x, self.checkpoint_seconds, progress, stop)
+        job = (self.store.root, *x, self.runtime, self.checkpoint_seconds, progress, stop)
         with ProcessPoolExecutor(min(workers("cpu"), len(groups) or 1), context, _begin_work, job) as pool:
             try:
                 pending = {
@@ -278,7 +287,13 @@ _worker: _Worker
 
 
 def _begin_work(
-    root: Path, train_x: list[np.ndarray], validation_x: list[np.ndarray], checkpoint_seconds: float, progress: Any, stop: Any
+    root: Path,
+    train_x: list[np.ndarray],
+    validation_x: list[np.ndarray],
+    runtime: Runtime,
+    checkpoint_seconds: float,
+    progress: Any,
+    stop: Any,
 ) -> None:
     """Begins a training process: it leaves signals to its parent, and ends with it."""
     global _worker
@@ -289,7 +304,7 @@ def _begin_work(
     keep_freed_memory()
     torch.set_num_threads(1)
     x = [[torch.from_numpy(part) for part in parts] for parts in (train_x, validation_x)]
-    _worker = _Worker(StackTraining(CellStore(root), *x, "cpu", stop.is_set, checkpoint_seconds), progress)
+    _worker = _Worker(StackTraining(CellStore(root), *x, runtime, stop.is_set, checkpoint_seconds), progress)
 
 
 def _work(index: int, keys: list[str], cells: dict[str, Cell]) -> None:
@@ -320,8 +335,8 @@ def one_thread() -> Iterator[None]:
 
 
 def local_executor(
-    store: CellStore, device: str, stack_size: int | None = None, stop: Callable[[], int | None] = lambda: None
+    store: CellStore, runtime: Runtime, stack_size: int | None = None, stop: Callable[[], int | None] = lambda: None
 ) -> Executor:
     """The executor that uses this machine best."""
-    kind = Workers if workers(device) > 1 else Inline
-    return kind(store, device, stack_size, stop)
+    kind = Workers if workers(runtime.device) > 1 else Inline
+    return kind(store, runtime, stack_size, stop)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config import ARMS, Arm, Data, Model, Study, Train
 
-ENGINE_VERSION = 2  # raise it when a change alters a cell's numbers, or old cells are silently reused
+ENGINE_VERSION = 3  # raise it when a change alters a cell's numbers, or old cells are silently reused
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,12 @@ def balanced(group: Sequence[str], size: int) -> Iterator[list[str]]:
         start = stop
 
 
-def parameter_count(model: Model, features: int, latent_dim: int) -> int:
-    """Parameters of one cell: weights and biases of encoder, both heads and decoder."""
+def layer_shapes(model: Model, features: int, latent_dim: int) -> list[tuple[int, int]]:
+    """(in, out) of one cell's layers, encoder before decoder; means and log-variances come from one layer."""
     encoder = [features, *model.hidden]
-    shapes = [*itertools.pairwise(encoder), (encoder[-1], latent_dim), (encoder[-1], latent_dim)]
-    shapes += itertools.pairwise([latent_dim, *reversed(encoder)])
-    return sum(fan_in * fan_out + model.bias * fan_out for fan_in, fan_out in shapes)
+    return [*itertools.pairwise(encoder), (encoder[-1], 2 * latent_dim), *itertools.pairwise([latent_dim, *reversed(encoder)])]
+
+
+def parameter_count(model: Model, features: int, latent_dim: int) -> int:
+    """Weights and biases of one cell."""
+    return sum(fan_in * fan_out + model.bias * fan_out for fan_in, fan_out in layer_shapes(model, features, latent_dim))

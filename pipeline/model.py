@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,141 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pipeline.config import Model
-from pipeline.grid import Cell
+from pipeline.grid import Cell, layer_shapes
+from pipeline.mlp import ACTIVATIONS, Layer, Mlp, is_wide
 from pipeline.randomness import Stream, uniforms
 
 ROW_ALIGNMENT = 16  # floats in a cache line: no vectorised kernel ever ends inside a row
-CELL_BY_CELL = 2**15  # weights of a layer from which on a CPU takes one cell after another: activations then stay in its cache
-LARGE_PRODUCT = 2**23  # multiplications that repay a call of oneDNN, whose kernels use AVX-512 where MKL does not (AMD)
-_onednn = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
-
-
-class Activation(NamedTuple):
-    """An activation as a module, in place, and from the gradient of its output and that output to that of its input."""
-
-    module: type[nn.Module]
-    apply_: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
-
-
-ACTIVATIONS = {
-    "relu": Activation(nn.ReLU, torch.relu_, lambda grad, output: torch.ops.aten.threshold_backward(grad, output, 0)),
-    "tanh": Activation(nn.Tanh, torch.tanh_, torch.ops.aten.tanh_backward),
-    "identity": Activation(nn.Identity, lambda x: x, lambda grad, output: grad),
-}
-
-
-class Layer(NamedTuple):
-    """Views of one layer: weight [stack, in, out], bias [stack, 1, out], and their gradients (no bias gradient: no bias).
-
-    Products are made transposed: `batch` then lies innermost, and kernels are up to eight times as fast on narrow layers.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    weight_grad: Tensor
-    bias_grad: Tensor | None
-
-    def forward(self, x: Float[Tensor, "stack batch in"]) -> Float[Tensor, "stack batch out"]:
-        return torch.baddbmm(self.bias.mT, self.weight.mT, x.mT).mT
-
-    def backward(self, grad: Float[Tensor, "stack batch out"]) -> Float[Tensor, "stack batch in"]:
-        return torch.bmm(self.weight, grad.mT).mT
-
-    def write_gradients(self, x: Float[Tensor, "stack batch in"], grad: Float[Tensor, "stack batch out"]) -> None:
-        if x.is_cuda:
-            torch.bmm(x.mT, grad, out=self.weight_grad)
-        else:
-            self.weight_grad.copy_(torch.bmm(x.mT, grad))
-        if self.bias_grad is not None:
-            torch.sum(grad, dim=1, keepdim=True, out=self.bias_grad)
-
-
-class CellLayer:
-    """One cell's layer on a CPU, in oneDNN's kernels where they repay their call: [in, out] and [batch, in]."""
-
-    def __init__(self, layer: Layer, row: int):
-        self.weight, self.bias = layer.weight.detach()[row], layer.bias.detach()[row, 0]
-        self.weight_t = self.weight.mT
-        self.weight_grad = layer.weight_grad[row]
-        self.bias_grad = None if layer.bias_grad is None else layer.bias_grad[row, 0]
-
-    def _large(self, batch: int) -> bool:
-        return _onednn is not None and batch * self.weight.numel() >= LARGE_PRODUCT
-
-    def forward(self, x: Float[Tensor, "batch in"]) -> Float[Tensor, "batch out"]:
-        if self._large(len(x)):
-            return _onednn(x, self.weight_t, self.bias, "none", [], "")
-        return torch.addmm(self.bias, x, self.weight)
-
-    def backward(self, grad: Float[Tensor, "batch out"]) -> Float[Tensor, "batch in"]:
-        if self._large(len(grad)):
-            return _onednn(grad, self.weight, None, "none", [], "")
-        return torch.mm(grad, self.weight_t)
-
-    def write_gradients(self, x: Float[Tensor, "batch in"], grad: Float[Tensor, "batch out"]) -> None:
-        if self._large(len(x)):
-            self.weight_grad.copy_(_onednn(x.mT, grad.mT, None, "none", [], ""))
-        else:
-            torch.mm(x.mT, grad, out=self.weight_grad)
-        if self.bias_grad is not None:
-            torch.sum(grad, dim=0, out=self.bias_grad)
-
-
-class Mlp:
-    """Linear layers of every cell with activations between them.
-
-    The backward pass overwrites the gradient rows instead of returning gradients. Where layers are large, a CPU takes one cell
-    after another; no product then has a stack axis.
-    """
-
-    def __init__(self, layers: list[Layer], activation: Activation):
-        self.layers, self.activation = layers, activation
-        weights = [layer.weight for layer in layers]
-        self.cell_by_cell = not weights[0].is_cuda and max(weight[0].numel() for weight in weights) >= CELL_BY_CELL
-        rows = range(len(weights[0])) if self.cell_by_cell else ()
-        self.parts = {row: [CellLayer(layer, row) for layer in layers] for row in rows} or {...: layers}
-
-    def __call__(self, x: Float[Tensor, "stack batch in"]) -> Float[Tensor, "stack batch out"]:
-        return _MlpFunction.apply(x, self.layers[0].weight, self)
-
-    def forward(self, x: Tensor, layers: list[Any]) -> list[Tensor]:
-        """The input of every layer, and the output."""
-        values = [x]
-        for layer in layers[:-1]:
-            values.append(self.activation.apply_(layer.forward(values[-1])))
-        return [*values, layers[-1].forward(values[-1])]
-
-    def backward(self, grad: Tensor, inputs: list[Tensor], layers: list[Any], *, to_x: bool) -> Tensor | None:
-        """Writes the gradients of all parameters, and returns that of x where it is asked for."""
-        for number in reversed(range(len(layers))):
-            layers[number].write_gradients(inputs[number], grad)
-            if number:
-                grad = self.activation.backward(layers[number].backward(grad), inputs[number])
-        return layers[0].backward(grad) if to_x else None
-
-    def joined(self, parts: list[Tensor]) -> Tensor:
-        return torch.stack(parts) if self.cell_by_cell else parts[0]
-
-
-class _MlpFunction(torch.autograd.Function):
-    """`anchor` is a parameter: the output requires gradients although x may not."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, mlp: Mlp) -> Tensor:
-        outputs, ctx.mlp, ctx.inputs = [], mlp, []
-        for cells, layers in mlp.parts.items():
-            *inputs, output = mlp.forward(x[cells], layers)
-            ctx.inputs.append(inputs)
-            outputs.append(output)
-        return mlp.joined(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        mlp, to_x = ctx.mlp, ctx.needs_input_grad[0]
-        work = zip(mlp.parts.items(), ctx.inputs, strict=True)
-        grads = [mlp.backward(grad[cells], inputs, layers, to_x=to_x) for (cells, layers), inputs in work]
-        return mlp.joined(grads) if to_x else None, None, None
 
 
 class WrittenGrad(torch.autograd.Function):
@@ -196,13 +65,13 @@ class StackedAutoencoder:
     variances: an unused lane has mean 0 and log-variance 0, hence no KL and no KL gradient, and `mask` keeps ε out of it.
     """
 
-    def __init__(self, cells: list[Cell], features: int, device: torch.device | str = "cpu"):
+    def __init__(self, cells: list[Cell], features: int, device: torch.device | str = "cpu", precision: str = "float32"):
+        """`precision` is that of wide layers' products: float32 or bf16."""
         self.cells, self.features, self.config = cells, features, cells[0].model
-        self.lanes = cells[0].lanes
-        encoder = [features, *self.config.hidden]
-        self.depth = len(self.config.hidden)
-        self.shapes = [*itertools.pairwise(encoder), (encoder[-1], 2 * self.lanes)]
-        self.shapes += itertools.pairwise([self.lanes, *reversed(encoder)])
+        self.lanes, self.depth = cells[0].lanes, len(cells[0].model.hidden)
+        self.shapes = layer_shapes(self.config, features, self.lanes)
+        self.wide = is_wide(self.shapes)
+        self.dtype = torch.bfloat16 if self.wide and precision == "bf16" else torch.float32
         stack = len(cells)
         self.weights = Buffer.zeros(stack, sum(_aligned(i * o) for i, o in self.shapes), device)
         self.biases = Buffer.zeros(stack, 1 + sum(_aligned(o) for _, o in self.shapes), device)
@@ -220,7 +89,8 @@ class StackedAutoencoder:
         for fan_in, fan_out in self.shapes:
             weight, weight_grad = self.weights.view(weight_start, fan_in, fan_out)
             bias, bias_grad = self.biases.view(bias_start, 1, fan_out)
-            yield Layer(weight, bias, weight_grad, bias_grad if self.config.bias else None)
+            bias_grad = bias_grad if self.config.bias else None
+            yield Layer(weight, bias, weight_grad, bias_grad, self.wide, self.dtype)
             weight_start += _aligned(fan_in * fan_out)
             bias_start += _aligned(fan_out)
 

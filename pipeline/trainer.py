@@ -24,14 +24,6 @@ HISTORY = ("train_loss", "train_reconstruction", "train_penalty")
 HISTORY += tuple(name.replace("train", "validation") for name in HISTORY)
 
 
-class Progress(NamedTuple):
-    """How far a stack has come; `update` of `updates`."""
-
-    cells: int
-    update: int
-    updates: int
-
-
 def factor(schedule: Schedule, update: int, updates: int) -> float:
     """The schedule's factor before update number `update` (0-based) of `updates`."""
     share = min(1.0, update / updates / schedule.over)
@@ -89,7 +81,7 @@ class Result(NamedTuple):
 class StackTrainer:
     """Trains cells of equal `lanes`, `model` and `train` as one program.
 
-    A lone cell trains beside a copy of itself, because a product of one matrix rounds differently from a stack of them.
+    Where products take all cells at once, a lone cell trains beside a copy of itself: one matrix alone rounds differently.
     """
 
     def __init__(
@@ -98,14 +90,17 @@ class StackTrainer:
         train_x: list[Float[Tensor, "_ feature"]],
         validation_x: list[Float[Tensor, "_ feature"]],
         device: torch.device | str = "cpu",
+        precision: str = "float32",
     ):
-        self.wanted, self.cells = len(cells), cells if len(cells) > 1 else cells * 2
-        self.config = cells[0].train
+        self.wanted, self.config = len(cells), cells[0].train
+        self.model = StackedAutoencoder(cells, train_x[0].shape[1], device, precision)
+        if len(cells) == 1 and not self.model.encoder.one_by_one:
+            self.model = StackedAutoencoder(cells * 2, train_x[0].shape[1], device, precision)
+        self.cells = self.model.initialise().cells
         self.train_x = torch.cat(train_x).to(device)
         self.validation_x = torch.stack(validation_x).to(device)
         self.l2 = torch.tensor([cell.l2 for cell in self.cells], device=device)[:, None]
         self.dataset = torch.tensor([cell.dataset for cell in self.cells], device=device)
-        self.model = StackedAutoencoder(self.cells, self.train_x.shape[1], device).initialise()
         self.objective = Objective(self.cells, device)
         self.batches = Batches(self.cells, [len(x) for x in train_x], device)
         self.optimizer = _Adam(self.model, self.cells)
@@ -119,8 +114,8 @@ class StackTrainer:
         self.best_update = torch.zeros(stack, dtype=torch.long, device=device)
         self.best = [self.model.weights.value.clone(), self.model.biases.value.clone()]
 
-    def run(self) -> Iterator[Progress]:
-        """Trains to the end of the budget; pauses after each history point, where `state` may be taken."""
+    def run(self) -> Iterator[int]:
+        """Trains to the end of the budget; yields the update at each history point, where `state` may be taken."""
         sums = torch.zeros(len(self.cells), 3, device=self.train_x.device)
         block = None
         for point, stop in enumerate(self.points):
@@ -133,7 +128,7 @@ class StackTrainer:
                 sums += self._step(*block)
             self._record(point, sums / (stop - start))
             sums.zero_()
-            yield Progress(self.wanted, self.update, self.config.updates)
+            yield self.update
 
     def _step(self, rows: Tensor, epsilon: Tensor) -> Float[Tensor, "stack term"]:
         """One update of every cell; returns its loss terms."""

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from pipeline.artifacts import CellStore, Prepared
-from pipeline.config import VaesweepError
+from pipeline.config import Settings, VaesweepError
 from pipeline.executors import Inline, Interrupted, Workers, bytes_per_cell, choose_stack_size, find_runtime
 from pipeline.grid import Runtime, identify
 from pipeline.trainer import StackTrainer
 
 RUNTIME = Runtime(device="cpu", torch=torch.__version__)
+GPU = Runtime(device="cuda", torch=torch.__version__)
 
 
 @pytest.fixture
@@ -36,37 +37,37 @@ def results(store, keys):
 
 def test_every_wanted_cell_is_trained_once(executor, tmp_path, data, wanted):
     store = CellStore(tmp_path)
-    advances = list(executor(store).run(wanted, data))
+    advances = list(executor(store, RUNTIME).run(wanted, data))
     assert sorted(store) == sorted(wanted)
     assert advances[-1] == (6, 6, 240, 240)
     assert [a.updates_done for a in advances] == sorted(a.updates_done for a in advances)
-    assert list(executor(store).run(wanted, data)) == []
+    assert list(executor(store, RUNTIME).run(wanted, data)) == []
 
 
 def test_only_missing_cells_are_trained(executor, tmp_path, data, wanted):
     store, keys = CellStore(tmp_path), list(wanted)
-    list(executor(store).run({key: wanted[key] for key in keys[:4]}, data))
+    list(executor(store, RUNTIME).run({key: wanted[key] for key in keys[:4]}, data))
     before = {key: store.weights_path(key).stat().st_mtime_ns for key in keys[:4]}
-    assert list(executor(store).run(wanted, data))[-1].cells == 2
+    assert list(executor(store, RUNTIME).run(wanted, data))[-1].cells == 2
     assert before == {key: store.weights_path(key).stat().st_mtime_ns for key in keys[:4]}
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_neither_the_stack_size_nor_the_executor_changes_a_bit(executor, tmp_path, data, wanted, size):
     whole, parts = CellStore(tmp_path / "whole"), CellStore(tmp_path / "parts")
-    list(Inline(whole).run(wanted, data))
-    list(executor(parts, stack_size=size).run(wanted, data))
+    list(Inline(whole, RUNTIME).run(wanted, data))
+    list(executor(parts, RUNTIME, stack_size=size).run(wanted, data))
     assert results(whole, wanted) == results(parts, wanted)
 
 
 def test_interrupted_anywhere_ends_bit_identical(tmp_path, data, wanted):
     whole, broken = CellStore(tmp_path / "whole"), CellStore(tmp_path / "broken")
-    list(Inline(whole, stack_size=2).run(wanted, data))
+    list(Inline(whole, RUNTIME, stack_size=2).run(wanted, data))
     interruptions = 0
     while True:
         answers = iter([None] * 7 + [15] * 100)
         try:
-            list(Inline(broken, stack_size=2, stop=lambda answers=answers: next(answers)).run(wanted, data))
+            list(Inline(broken, RUNTIME, stack_size=2, stop=lambda answers=answers: next(answers)).run(wanted, data))
             break
         except Interrupted as error:
             interruptions += 1
@@ -81,23 +82,23 @@ def test_interrupted_workers_go_on_where_they_were(tmp_path, data, make_cell):
         [make_cell(seed=seed, train={"updates": 4000, "history_points": 200}) for seed in range(4)], ["hash"], RUNTIME
     )
     whole, broken = CellStore(tmp_path / "whole"), CellStore(tmp_path / "broken")
-    list(Inline(whole, stack_size=2).run(wanted, data))
+    list(Inline(whole, RUNTIME, stack_size=2).run(wanted, data))
     advances = []
     with pytest.raises(Interrupted) as error:
-        for advance in Workers(broken, stack_size=2, stop=lambda: 2 if advances else None).run(wanted, data):
+        for advance in Workers(broken, RUNTIME, stack_size=2, stop=lambda: 2 if advances else None).run(wanted, data):
             advances.append(advance)
     assert error.value.exit_code == 130
     assert not list(broken) and len(list(broken.checkpoints())) == 2
-    first = next(Workers(broken, stack_size=2).run(wanted, data))
+    first = next(Workers(broken, RUNTIME, stack_size=2).run(wanted, data))
     assert first.updates_done > advances[0].updates_done
-    list(Workers(broken, stack_size=2).run(wanted, data))
+    list(Workers(broken, RUNTIME, stack_size=2).run(wanted, data))
     assert results(whole, wanted) == results(broken, wanted)
 
 
 def test_a_killed_worker_is_one_line_and_its_cells_are_trained_again(tmp_path, data, make_cell):
     wanted = identify([make_cell(seed=seed, train={"updates": 20000}) for seed in range(4)], ["hash"], RUNTIME)
     with pytest.raises(VaesweepError, match="a training process was killed"):
-        for _ in Workers(CellStore(tmp_path), stack_size=2).run(wanted, data):
+        for _ in Workers(CellStore(tmp_path), RUNTIME, stack_size=2).run(wanted, data):
             _training_processes()[0].kill()
 
 
@@ -109,11 +110,11 @@ def _training_processes():
 def test_an_unreadable_checkpoint_only_costs_its_work(executor, tmp_path, data, wanted):
     store, whole = CellStore(tmp_path / "a"), CellStore(tmp_path / "b")
     with pytest.raises(Interrupted):
-        list(executor(store, stop=lambda: 2).run(wanted, data))
+        list(executor(store, RUNTIME, stop=lambda: 2).run(wanted, data))
     for path in (tmp_path / "a" / "checkpoints").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:100])
-    list(executor(store).run(wanted, data))
-    list(executor(whole).run(wanted, data))
+    list(executor(store, RUNTIME).run(wanted, data))
+    list(executor(whole, RUNTIME).run(wanted, data))
     assert results(store, wanted) == results(whole, wanted)
 
 
@@ -130,25 +131,34 @@ def test_a_stack_that_does_not_fit_is_halved(tmp_path, data, wanted, monkeypatch
 
     monkeypatch.setattr(StackTrainer, "_step", limited)
     store = CellStore(tmp_path)
-    list(Inline(store, stack_size=4).run(wanted, data))
+    list(Inline(store, RUNTIME, stack_size=4).run(wanted, data))
     assert sorted(store) == sorted(wanted) and {3, 1, 2} >= set(sizes)
 
 
 def test_a_diverged_cell_is_kept_as_such_and_not_trained_again(executor, tmp_path, data, make_cell):
     wanted = identify([make_cell(learning_rate=1e30), make_cell()], ["hash"], RUNTIME)
     store = CellStore(tmp_path)
-    list(executor(store).run(wanted, data))
+    list(executor(store, RUNTIME).run(wanted, data))
     assert [store.record(key)["status"] for key in wanted] == ["diverged", "finished"]
     assert not store.weights_path(next(iter(wanted))).exists()
-    assert list(executor(store).run(wanted, data)) == []
+    assert list(executor(store, RUNTIME).run(wanted, data)) == []
     assert isinstance(store.history(wanted), pd.DataFrame)
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert find_runtime("auto").device == find_runtime("cpu").device == "cpu"
+    auto, cpu, cuda = (Settings(studies=("digits",), device=device) for device in ("auto", "cpu", "cuda"))
+    assert find_runtime(auto).device == find_runtime(cpu).device == "cpu"
     with pytest.raises(VaesweepError, match="device: is 'cuda', but torch sees no CUDA device"):
-        find_runtime("cuda")
+        find_runtime(cuda)
+
+
+def test_a_precision_that_the_processor_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    settings = Settings(studies=("digits",), device="cpu", precision="bf16")
+    with pytest.raises(VaesweepError, match="precision: is 'bf16', but this CPU has no bf16 products; use 'float32'"):
+        find_runtime(settings)
+    assert find_runtime(settings.model_copy(update={"precision": "float32"})).precision == "float32"
 
 
 def test_small_cells_train_in_larger_stacks(make_cell):
@@ -161,7 +171,7 @@ def test_small_cells_train_in_larger_stacks(make_cell):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_takes_the_same_path(tmp_path, data, wanted):
     store = CellStore(tmp_path)
-    list(Inline(store, device="cuda").run(wanted, data))
+    list(Inline(store, GPU).run(wanted, data))
     assert all(store.record(key)["status"] == "finished" for key in wanted)
 
 
@@ -169,6 +179,6 @@ def test_the_gpu_takes_the_same_path(tmp_path, data, wanted):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cell_does_not_depend_on_its_neighbours_on_a_gpu(tmp_path, data, wanted):
     whole, parts = CellStore(tmp_path / "whole"), CellStore(tmp_path / "parts")
-    list(Inline(whole, device="cuda").run(wanted, data))
-    list(Inline(parts, device="cuda", stack_size=2).run(wanted, data))
+    list(Inline(whole, GPU).run(wanted, data))
+    list(Inline(parts, GPU, stack_size=2).run(wanted, data))
     assert results(whole, wanted) == results(parts, wanted)

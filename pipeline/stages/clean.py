@@ -32,7 +32,7 @@ def run(dry_run: bool = False) -> tuple[int, int]:
 def _used() -> Iterator[str]:
     """Ids of every cell that a listed study wants, trained or not, and of every trial of a listed search."""
     settings = load_settings()
-    runtime = find_runtime(settings.device)
+    runtime = find_runtime(settings)
     for name in settings.studies:
         study = load_study(name)
         yield from identify(cells(study), load_prepared(Folders(name).prepared, study.data).hashes, runtime)

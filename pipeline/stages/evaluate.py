@@ -48,7 +48,7 @@ Rows = list[dict[str, Any]]
 def run(name: str) -> None:
     """Writes `runs/<name>/evaluate/`. Raises VaesweepError."""
     study, folder = load_study(name), Folders(name).evaluate
-    device = find_runtime(load_settings().device).device
+    device = find_runtime(load_settings()).device
     data = load_prepared(Folders(name).prepared, study.data).to(device)
     finished = finished_cells(Folders(name), study, data)
     manifest = read_table(Folders(name).train / "manifest.csv")

@@ -24,7 +24,7 @@ MEASURED_ROWS = 1024
 def run(name: str) -> str:
     """The plan as text: defaults, grid, cells, stacks, parameters, memory, disk and time. Raises VaesweepError."""
     settings, study = load_settings(), load_study(name)
-    runtime, wanted = find_runtime(settings.device), cells(study)
+    runtime, wanted = find_runtime(settings), cells(study)
     data = _prepared(name, study)
     features = data.features if data else _features(name, study)
     missing = _missing(wanted, data, runtime)
@@ -79,7 +79,7 @@ def _cost_rows(
     at_once = min(workers(runtime.device), len(groups))
     memory = at_once * widest * bytes_per_cell(study.model, features, largest.lanes, study.train.batch_size)
     disk = 4 * sum(parameter_count(study.model, features, cell.latent_dim) for cell in missing.values())
-    seconds = sum(_seconds(group, missing, features, runtime.device) for group in groups) / max(1, at_once)
+    seconds = sum(_seconds(group, missing, features, runtime) for group in groups) / max(1, at_once)
     sizes = ", ".join(f"{count} of {size}" for size, count in Counter(map(len, groups)).items())
     return [
         ("device", f"{runtime.device}, torch {runtime.torch}, {runtime.precision}"),
@@ -91,14 +91,15 @@ def _cost_rows(
     ]
 
 
-def _seconds(group: list[str], cells: dict[str, Cell], features: int, device: str) -> float:
+def _seconds(group: list[str], cells: dict[str, Cell], features: int, runtime: Runtime) -> float:
     """Training time of one stack, from a few updates on random data after some to warm up."""
     members = [dataclasses.replace(cells[key], dataset=0) for key in group]
     config = members[0].train.model_copy(update={"updates": MEASURED_UPDATES, "history_points": 3})
     x = torch.rand(MEASURED_ROWS, features)
     times = [time.perf_counter()]
     with one_thread():
-        trainer = StackTrainer([dataclasses.replace(cell, train=config) for cell in members], [x], [x[:1]], device)
+        members = [dataclasses.replace(cell, train=config) for cell in members]
+        trainer = StackTrainer(members, [x], [x[:1]], runtime.device, runtime.precision)
         for _ in trainer.run():
             times.append(time.perf_counter())
     steps = [after - before for before, after in itertools.pairwise(times)]

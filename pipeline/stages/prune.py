@@ -29,7 +29,7 @@ Rows = list[dict[str, Any]]
 def run(name: str) -> None:
     """Writes `runs/<name>/prune/`. Raises VaesweepError."""
     study, folder = load_study(name), Folders(name).prune
-    device = find_runtime(load_settings().device).device
+    device = find_runtime(load_settings()).device
     data = load_prepared(Folders(name).prepared, study.data).to(device)
     finished = finished_cells(Folders(name), study, data)
     tables: dict[str, Rows] = {"columns": [], "ablation": [], "summary": []}

@@ -31,12 +31,12 @@ def run(name: str, show: Callable[[str, Iterable[Advance]], None], stop: Callabl
     """Writes `runs/<name>/search/`. Raises VaesweepError; Interrupted where `stop` answers a signal's number."""
     settings, search = load_settings(), load_search(name)
     study = load_study(search.study)
-    data, runtime, store = load_prepared(Folders(search.study).prepared, study.data), find_runtime(settings.device), CellStore()
+    data, runtime, store = load_prepared(Folders(search.study).prepared, study.data), find_runtime(settings), CellStore()
     if len(data.hashes) > 1:
         raise SearchError(f"configs/{name}.yaml: study: must have one dataset, but '{search.study}' has {len(data.hashes)}")
     with store.lock(f"search {name}"):
         trials = Trials(name, search, study, data, runtime)
-        executor = local_executor(store, runtime.device, settings.stack_size, stop)
+        executor = local_executor(store, runtime, settings.stack_size, stop)
         show(name, executor.run(trials.told(), data))  # cells of earlier trials, if somebody emptied the store
         while batch := trials.running() or trials.ask():
             show(f"{name} {trials.finished + len(batch)}/{search.trials}", executor.run(batch, data))

@@ -22,7 +22,7 @@ Show = Callable[[str, Iterable[Advance]], None]
 def run(name: str, show: Show, stop: Callable[[], int | None] = lambda: None) -> None:
     """Writes `runs/<name>/train/`. Raises VaesweepError; Interrupted where `stop` answers a signal's number."""
     settings, study = load_settings(), load_study(name)
-    data, runtime, store = load_prepared(Folders(name).prepared, study.data), find_runtime(settings.device), CellStore()
+    data, runtime, store = load_prepared(Folders(name).prepared, study.data), find_runtime(settings), CellStore()
     wanted = identify(cells(study), data.hashes, runtime)
     about = _about(name, study, wanted, data, runtime)
 
@@ -31,7 +31,7 @@ def run(name: str, show: Show, stop: Callable[[], int | None] = lambda: None) ->
         return tracking.Trained(about, pd.DataFrame(_manifest(finished, data, store)), store.history(finished))
 
     with store.lock(f"training study {name}"):
-        advances = local_executor(store, runtime.device, settings.stack_size, stop).run(wanted, data)
+        advances = local_executor(store, runtime, settings.stack_size, stop).run(wanted, data)
         with tracking.Background(name, trained) as background:
             show(name, _announced(advances, wanted, store, background.put))
         _assemble(Folders(name).train, trained(wanted), store)
