@@ -70,11 +70,6 @@ def kl_per_latent(
     return 0.5 * (mu.square() + torch.expm1(log_variance) - log_variance)
 
 
-def half_squared_norm(mu: Float[Tensor, "stack batch lane"]) -> Float[Tensor, "stack batch"]:
-    """½‖μ‖²: what the KL keeps of the mean when the variance is left free."""
-    return 0.5 * mu.square().sum(dim=-1)
-
-
 class Terms(NamedTuple):
     """Means over a batch, one value a cell, in nats per sample."""
 
@@ -94,7 +89,7 @@ class Objective:
         self.samples = knob([cell.arm.samples for cell in cells])[:, None, None]
         self.reconstruction_weight = knob([cell.arm.reconstruction_weight for cell in cells])
         self.beta = knob([cell.beta or 0.0 for cell in cells])
-        self.code_l2 = knob([cell.arm.penalty == "code_l2" for cell in cells])[:, None].bool()
+        self.kl = knob([cell.arm.penalty == "kl" for cell in cells])[:, None, None].bool()
         self.penalised = knob([cell.arm.penalty != "none" for cell in cells])[:, None]
         self.has_variance = knob([cell.arm.samples or cell.arm.penalty == "kl" for cell in cells])[:, None, None].bool()
         self.learns_sigma2 = knob([cell.sigma2 == "learned" for cell in cells]).bool()
@@ -114,9 +109,8 @@ class Objective:
         return gaussian_nll(output, target, torch.where(self.learns_sigma2, log_sigma2, log_sigma2.detach()))
 
     def penalty(self, mu: Tensor, log_variance: Tensor) -> Float[Tensor, "stack batch"]:
-        """P: the KL, or ½‖μ‖², or 0, as the arm says."""
-        kl = kl_per_latent(mu, log_variance).sum(dim=-1)
-        return torch.where(self.code_l2, half_squared_norm(mu), kl) * self.penalised
+        """P: the KL; or ½‖μ‖², which is the KL at unit variance; or 0, as the arm says."""
+        return kl_per_latent(mu, torch.where(self.kl, log_variance, 0.0)).sum(dim=-1) * self.penalised
 
     def terms(self, reconstruction: Tensor, penalty: Tensor, beta_factor: float = 1.0) -> Terms:
         """Batch means, and the loss without its λ term; `beta_factor` is where the β schedule stands."""

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.config import Data, Schedule
 from pipeline.datasets import build
-from pipeline.objective import gaussian_nll, half_squared_norm, kl_per_latent
+from pipeline.objective import gaussian_nll, kl_per_latent
 from pipeline.trainer import HISTORY, StackTrainer, factor, still_falling
 
 ARMS = ["vae", "ae", "ae_code_l2", "ae_as_published", "kl_only"]
@@ -44,7 +44,7 @@ def loop(cell, x, updates):
         else:
             log_sigma2 = module.log_sigma2 if cell.sigma2 == "learned" else torch.tensor(cell.sigma2).log()
             r = gaussian_nll(output[None], batch[None], log_sigma2[None]).mean()
-        kl, code_l2 = kl_per_latent(mu[None], log_variance[None]).sum(-1), half_squared_norm(mu[None])
+        kl, code_l2 = kl_per_latent(mu[None], log_variance[None]).sum(-1), 0.5 * mu.square().sum(-1)
         penalties = {"kl": kl, "code_l2": code_l2, "none": torch.zeros(1)}
         beta = (cell.beta or 0.0) * factor(cell.train.beta_schedule, update, cell.train.updates)
         l2 = cell.l2 * sum(weight.square().sum() for weight in weights)
