@@ -35,6 +35,11 @@ class Arm(NamedTuple):
     penalty: Literal["kl", "code_l2", "none"]
     reconstruction_weight: float = 1.0
 
+    @property
+    def variational(self) -> bool:
+        """Whether its loss is a bound of the ELBO's kind: expected under q(z|x), with the KL from the prior."""
+        return self.samples and self.penalty == "kl"
+
 
 ARMS = {
     "vae": Arm(samples=True, penalty="kl"),

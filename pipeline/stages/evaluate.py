@@ -87,25 +87,33 @@ def _best(name: str, finished: pd.DataFrame) -> pd.DataFrame:
 
 
 class Measured(NamedTuple):
-    """A stack of cells that saw one dataset, with that data and the means of q(z|x) for its rows."""
+    """A stack of cells that saw one dataset, with that data and q(z|x) of its rows: means, and log-variances of test rows."""
 
     keys: list[str]
     model: StackedAutoencoder
+    objective: Objective
     data: Prepared
     x: dict[str, Float[Tensor, "_ feature"]]
     labels: dict[str, Tensor] | None
     codes: dict[str, Float[Tensor, "stack _ lane"]]
+    log_variance: Float[Tensor, "stack row lane"]
 
 
 def _with_codes(stack: TrainedStack, data: Prepared) -> Measured:
     x = {split: data.x[split][stack.dataset] for split in ("train", "test")}
     labels = {split: data.labels[split][stack.dataset] for split in x} if data.labels else None
-    return Measured(stack.keys, stack.model, data, x, labels, {split: _codes(stack.model, rows) for split, rows in x.items()})
+    codes = {split: _posterior(stack.model, rows) for split, rows in x.items()}
+    means, log_variance = {split: mu for split, (mu, _) in codes.items()}, codes["test"][1]
+    objective = Objective(stack.model.cells, stack.model.mask.device)
+    return Measured(stack.keys, stack.model, objective, data, x, labels, means, log_variance)
 
 
 @torch.no_grad()
-def _codes(model: StackedAutoencoder, x: Float[Tensor, "row feature"]) -> Float[Tensor, "stack row lane"]:
-    return torch.cat([model.encode(part.expand(len(model.cells), -1, -1))[0] for part in x.split(ROWS)], dim=1)
+def _posterior(model: StackedAutoencoder, x: Float[Tensor, "row feature"]) -> tuple[Tensor, Tensor]:
+    """Means and log-variances of q(z|x) as the encoders give them, [stack, row, lane]."""
+    parts = [model.encode(rows.expand(len(model.cells), -1, -1)) for rows in x.split(ROWS)]
+    mu, log_variance = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return mu, log_variance
 
 
 def _measure(stack: Measured, study: Study) -> dict[str, Rows]:
@@ -118,7 +126,7 @@ def _measure(stack: Measured, study: Study) -> dict[str, Rows]:
     for row, cell in enumerate(stack.model.cells):
         measured = {
             **_nats(stack.model, cell, likelihood, row),
-            "test/iw_bound": None if bound is None or not _is_variational(cell) else bound[row].item(),
+            "test/iw_bound": bound[row].item() if cell.arm.variational and bound is not None else None,
             "test/mse": clean["test"][row].item(),
             "test/active_units": int(units[row]),
             "test/knn_accuracy": _knn(stack, row, study.evaluate.neighbours),
@@ -136,17 +144,19 @@ def _measure(stack: Measured, study: Study) -> dict[str, Rows]:
 @torch.no_grad()
 def _likelihood_terms(stack: Measured) -> dict[str, Tensor]:
     """Means over the test set: reconstruction [stack] in nats at sampled z where the arm samples, KL [stack, lane]."""
-    model, x = stack.model, stack.x["test"]
-    objective = Objective(model.cells, x.device)
-    epsilon = _epsilon(model, len(x), EVALUATION_STEP)[:, 0]
-    reconstruction = kl = 0.0
-    for rows in torch.arange(len(x), device=x.device).split(ROWS):
-        batch = x[rows].expand(len(model.cells), -1, -1)
-        mu, log_variance = objective.posterior(*model.encode(batch))
-        output = model.decode(objective.sample(mu, log_variance, epsilon[:, rows]))
-        reconstruction += objective.reconstruction(output, batch, model.log_sigma2).sum(dim=1)
-        kl += kl_per_latent(mu, log_variance).sum(dim=1)
-    return {"reconstruction": reconstruction / len(x), "kl": kl / len(x)}
+    mu, log_variance = stack.objective.posterior(stack.codes["test"], stack.log_variance)
+    z = stack.objective.sample(mu, log_variance, _epsilon(stack.model, mu.shape[1], EVALUATION_STEP)[:, 0])
+    return {"reconstruction": _nll(stack, z).mean(dim=1), "kl": kl_per_latent(mu, log_variance).mean(dim=1)}
+
+
+@torch.no_grad()
+def _nll(stack: Measured, z: Float[Tensor, "stack row lane"]) -> Float[Tensor, "stack row"]:
+    """−log p(x|z) of every test row."""
+    found = []
+    for part, rows in zip(z.split(ROWS, dim=1), stack.x["test"].split(ROWS), strict=True):
+        target = rows.expand(len(z), -1, -1)
+        found.append(stack.objective.reconstruction(stack.model.decode(part), target, stack.model.log_sigma2))
+    return torch.cat(found, dim=1)
 
 
 def _epsilon(model: StackedAutoencoder, rows: int, step: int) -> Float[Tensor, "stack draw row lane"]:
@@ -157,33 +167,24 @@ def _epsilon(model: StackedAutoencoder, rows: int, step: int) -> Float[Tensor, "
 
 @torch.no_grad()
 def _importance_weighted_bound(stack: Measured, draws: int) -> Float[Tensor, " stack"] | None:
-    """Mean over the test set, in nats; None where p(x|z) is no normalised likelihood."""
-    model, x = stack.model, stack.x["test"]
-    if model.config.likelihood == "bernoulli":
+    """Mean over the test set, in nats; None where p(x|z) is no normalised likelihood, or no arm has a q(z|x) that bounds it."""
+    cells = stack.model.cells
+    if stack.model.config.likelihood == "bernoulli" or not any(cell.arm.variational for cell in cells):
         return None
-    objective = Objective(model.cells, x.device)
-    log_sums = torch.full((len(model.cells), len(x)), -torch.inf, device=x.device)
+    mu, log_variance = stack.objective.posterior(stack.codes["test"], stack.log_variance)
+    log_sums = torch.full(mu.shape[:2], -torch.inf, device=mu.device)
     for first in range(0, draws, 4):
-        epsilon = _epsilon(model, len(x), IMPORTANCE_STEP + first)[:, : draws - first]
-        for rows in torch.arange(len(x), device=x.device).split(ROWS):
-            batch = x[rows].expand(len(model.cells), -1, -1)
-            mu, log_variance = objective.posterior(*model.encode(batch))
-            for draw in epsilon[:, :, rows].unbind(dim=1):
-                z = objective.sample(mu, log_variance, draw)
-                nll = objective.reconstruction(model.decode(z), batch, model.log_sigma2)
-                weight = metrics.log_importance_weight(nll, z, draw, log_variance)
-                log_sums[:, rows] = torch.logaddexp(log_sums[:, rows], weight)
+        for epsilon in _epsilon(stack.model, mu.shape[1], IMPORTANCE_STEP + first)[:, : draws - first].unbind(dim=1):
+            z = stack.objective.sample(mu, log_variance, epsilon)
+            weight = metrics.log_importance_weight(_nll(stack, z), z, epsilon, log_variance)
+            log_sums = torch.logaddexp(log_sums, weight)
     return log_sums.mean(dim=1) - math.log(draws)
-
-
-def _is_variational(cell: Cell) -> bool:
-    return cell.arm.samples and cell.arm.penalty == "kl"
 
 
 def _nats(model: StackedAutoencoder, cell: Cell, likelihood: dict[str, Tensor], row: int) -> dict[str, float | None]:
     """Reconstruction, KL and their sum as a bound. A grey pixel's cross-entropy is no likelihood, so its sum is no ELBO."""
     reconstruction, kl = likelihood["reconstruction"][row].item(), likelihood["kl"][row].sum().item()
-    variational = _is_variational(cell)
+    variational = cell.arm.variational
     bound = "test/bce_elbo" if model.config.likelihood == "bernoulli" else "test/elbo"
     return {
         "test/reconstruction": reconstruction,
@@ -213,7 +214,7 @@ def _noise(stack: Measured, study: Study) -> Iterator[dict[str, Any]]:
     x = stack.x["test"]
     for kind, level in _noise_levels(study):
         noisy = _corrupted(x, kind, level, stack.data.unit_range)
-        codes = _codes(stack.model, noisy)
+        codes, _ = _posterior(stack.model, noisy)
         errors = zip(_error(stack, x, codes).tolist(), _error(stack, noisy, codes).tolist(), strict=True)
         for row, (clean, dirty) in enumerate(errors):
             place = {"cell_id": stack.keys[row], **stack.model.cells[row].row(), "noise": kind, "level": level}
