@@ -1,6 +1,6 @@
 """Training speed, side by side in one run: the stack against a floor, a loop, a script and `torch.func` ensembling.
 
-    python benchmarks/train.py [--network large] [--device cuda] [--rounds 5]
+    python benchmarks/train.py [--network 2-30-30-2] [--device cuda] [--precision bf16] [--rounds 5]
 
 Every contender first trains two equal cells on equal batches and noise; its loss must lie within 1% of the loop's. Then all,
 in processes of their own, take turns, round after round, so that a machine whose speed drifts drifts under all of them;
@@ -17,7 +17,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ import click
 import psutil
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -35,8 +34,9 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from pipeline.config import Data, Model, Train
 from pipeline.datasets import build
-from pipeline.executors import bytes_per_cell, choose_stack_size, keep_freed_memory, workers
-from pipeline.grid import Cell, parameter_count
+from pipeline.executors import bytes_per_cell, keep_freed_memory, plan_stacks, workers
+from pipeline.grid import Cell, layer_shapes, parameter_count
+from pipeline.mlp import fast_products
 from pipeline.model import StackedAutoencoder
 from pipeline.trainer import Batches, StackTrainer
 
@@ -44,6 +44,7 @@ BATCH = 128
 SIZES = [2**power for power in range(11)]
 CHECKED_UPDATES = 128
 TOLERANCE = 0.01
+STACKED = ("stack", "floor", "vmap")
 ADAM_FLOATS = 7  # an update reads the value, its gradient and two moments, and writes all but the gradient
 
 
@@ -95,9 +96,9 @@ Draw = Callable[[int, int], tuple[Tensor, Tensor]]
 class Stack:
     """This project's engine."""
 
-    def __init__(self, network: Network, x: Tensor, cells: int, updates: int):
+    def __init__(self, network: Network, x: Tensor, cells: int, updates: int, precision: str = "float32"):
         self.cells = cells
-        self.trainer = StackTrainer(make_cells(network, cells, updates), [x], [x[:BATCH]], x.device)
+        self.trainer = StackTrainer(make_cells(network, cells, updates), [x], [x[:BATCH]], x.device, precision)
         self.run, self.point = self.trainer.run(), 0
 
     def advance(self, updates: int) -> Tensor:
@@ -236,34 +237,62 @@ class Vmap:
 
 
 class Floor:
-    """What no engine of batched float32 products can go below: the products alone, and the optimiser's bytes alone."""
+    """What no engine of batched float32 products can go below: the products alone, and the optimiser's bytes alone.
+
+    Products in whichever layout is faster here: `batch` before features, or innermost.
+    """
 
     def __init__(self, network: Network, x: Tensor, cells: int):
-        self.cells = cells
-        hidden, z = network.model.hidden, network.latent_dim
-        shapes = [*itertools.pairwise([x.shape[1], *hidden, 2 * z]), *itertools.pairwise([z, *reversed(hidden), x.shape[1]])]
-
-        def values(*shape: int) -> Tensor:
-            return torch.randn(cells, *shape, device=x.device)
-
-        self.layers = [(values(BATCH, i), values(i, o), values(BATCH, o)) for i, o in shapes]
-        self.out = [tuple(torch.empty_like(part) for part in layer) for layer in self.layers]
-        size = cells * parameter_count(network.model, x.shape[1], z)
+        self.cells, self.shapes = cells, layer_shapes(network.model, x.shape[1], network.latent_dim)
+        layouts = [self._products(x.device, innermost) for innermost in (False, True)]
+        self.products = min(layouts, key=self._seconds)
+        size = cells * parameter_count(network.model, x.shape[1], network.latent_dim)
         self.source, self.target = torch.randn(size, device=x.device), torch.randn(size, device=x.device)
+
+    def _products(self, device: torch.device, innermost: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Both factors and the place of every product of one update."""
+
+        def values(rows: int, columns: int) -> Tensor:
+            return torch.randn(self.cells, rows, columns, device=device)
+
+        found = []
+        for number, (i, o) in enumerate(self.shapes):
+            weight = values(i, o)
+            if innermost:
+                x, grad = values(i, BATCH), values(o, BATCH)
+                triples = [(weight.mT, x, values(o, BATCH)), (x, grad.mT, values(i, o)), (weight, grad, values(i, BATCH))]
+            else:
+                x, grad = values(BATCH, i), values(BATCH, o)
+                triples = [(x, weight, values(BATCH, o)), (x.mT, grad, values(i, o)), (grad, weight.mT, values(BATCH, i))]
+            found += triples if number else triples[:2]  # data need no gradient
+        return found
+
+    def _multiply(self, products: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        with fast_products(BATCH * min(i * o for i, o in self.shapes)):
+            for one, other, out in products:
+                torch.bmm(one, other, out=out)
+
+    def _seconds(self, products: list[tuple[Tensor, Tensor, Tensor]]) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            self._multiply(products)
+            _finish(products[0][0].device)
+            times.append(time.perf_counter() - start)
+        return min(times)
 
     def advance(self, updates: int) -> None:
         for _ in range(updates):
-            for number, ((x, weight, grad), (x_out, weight_out, grad_out)) in enumerate(
-                zip(self.layers, self.out, strict=True)
-            ):
-                torch.bmm(x, weight, out=grad_out)
-                torch.bmm(x.mT, grad, out=weight_out)
-                if number:  # data need no gradient
-                    torch.bmm(grad, weight.mT, out=x_out)
+            self._multiply(self.products)
             for _ in range(ADAM_FLOATS // 2):  # a copy moves two floats
                 self.target.copy_(self.source)
             half = len(self.source) // 2
             self.target[:half].copy_(self.source[:half])
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 class Peak:
@@ -297,8 +326,14 @@ class Task(NamedTuple):
     kind: str
     network: str
     device: str
+    precision: str
     cells: int
     updates: int  # of all turns
+
+    @property
+    def processes(self) -> int:
+        """The engine, and the floor below it, use a process a core; PyTorch shares one process's work among the cores."""
+        return min(workers(self.device), self.cells) if self.kind in ("stack", "floor") else 1
 
 
 def make_contender(task: Task) -> Contender | Floor:
@@ -306,7 +341,7 @@ def make_contender(task: Task) -> Contender | Floor:
     x = training_data(network.data).to(task.device)
     if task.kind == "stack":
         keep_freed_memory()
-        return Stack(network, x, task.cells, task.updates)
+        return Stack(network, x, task.cells, task.updates, task.precision)
     if task.kind == "floor":
         return Floor(network, x, task.cells)
     kinds = {"loop": Loop, "fused loop": partial(Loop, fused=True), "script": Script, "vmap": Vmap}
@@ -327,17 +362,16 @@ def _begin(threads: int, task: Task) -> None:
 def _advance(updates: int) -> float:
     """Trains, and tells the peak memory so far."""
     _contender.advance(updates)
-    if _peak.device.type == "cuda":
-        torch.cuda.synchronize()
+    _finish(_peak.device)
     return _peak.mib()
 
 
 class Processes:
-    """A contender in a process of its own; the engine in as many as it uses, with its share of the cells in each."""
+    """A contender in processes of its own, with its share of the cells in each."""
 
     def __init__(self, task: Task, turn: int):
-        count = min(workers(task.device), task.cells) if task.kind == "stack" else 1
-        threads = 1 if task.kind == "stack" and task.device == "cpu" else torch.get_num_threads()
+        count = task.processes
+        threads = 1 if task.kind in ("stack", "floor") else torch.get_num_threads()
         self.cells, self.turn, self.times, self.mib = task.cells, turn, [], 0.0
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([StackTrainer.__module__])
@@ -365,7 +399,7 @@ class Processes:
             pool.shutdown()
 
 
-def check(network: Network, x: Tensor) -> None:
+def check(network: Network, x: Tensor, precision: str) -> None:
     """Trains two cells with every contender on the same draws; ends the benchmark where one trains something else."""
     draw = replayed(network, x, 2)
     contenders = {
@@ -373,7 +407,7 @@ def check(network: Network, x: Tensor) -> None:
         "fused loop": Loop(network, x, 2, draw, fused=True),
         "script": Script(network, x, 2, draw),
         "vmap": Vmap(network, x, 2, draw),
-        "stack": Stack(network, x, 2, 10 * CHECKED_UPDATES),
+        "stack": Stack(network, x, 2, 10 * CHECKED_UPDATES, precision),
     }
     losses = {name: contender.advance(CHECKED_UPDATES) for name, contender in contenders.items()}
     for name, loss in losses.items():
@@ -383,78 +417,77 @@ def check(network: Network, x: Tensor) -> None:
     print(f"Checked: after {CHECKED_UPDATES} updates the losses of all contenders agree within {TOLERANCE:.0%}.\n", flush=True)
 
 
-def compare(name: str, device: str, counts: list[int], rounds: int) -> Iterator[list[float]]:
-    """For each stack size a row: cells, ms of the stack, floor, vmap, loops and script, ratios to the stack, memory."""
-    network = NETWORKS[name]
-    one = {kind: Processes(Task(kind, name, device, 1, 0), network.loop_updates) for kind in ("loop", "fused loop", "script")}
+HEADS = ["cells", "stack, ms", "floor, ms", "floor/stack", "loop/stack", "fused loop/stack", "script/stack", "vmap/stack"]
+HEADS += ["stack, MiB", "vmap, MiB"]
+GRID_HEADS = ["cells in the grid", "largest stack", "ms", "MiB"]
+
+
+def compare(task: Task, counts: list[int], rounds: int) -> Iterator[list[float]]:
+    """For each stack size what HEADS says; ms are for one update of one cell, ratios medians over rounds."""
+    network = NETWORKS[task.network]
+    loops = [Processes(task._replace(kind=kind, cells=1), network.loop_updates) for kind in ("loop", "fused loop", "script")]
     for cells in counts:
         turns = network.updates * max(10, rounds + 1)
-        own = {kind: Processes(Task(kind, name, device, cells, turns), network.updates) for kind in ("stack", "floor", "vmap")}
-        contenders = [*own.values(), *one.values()]
-        for _, contender in itertools.product(range(rounds), contenders):
+        own = [Processes(task._replace(kind=kind, cells=cells, updates=turns), network.updates) for kind in STACKED]
+        for _, contender in itertools.product(range(rounds), [*own, *loops]):
             contender.take_turn()
-        stack = own["stack"]
-        ratios = [contender.over(stack) for contender in (own["floor"], *one.values(), own["vmap"])]
-        yield [cells, stack.ms, own["floor"].ms, *ratios, stack.mib, own["vmap"].mib]
-        for contender in own.values():
+        stack, floor, vmap = own
+        ratios = [contender.over(stack) for contender in (floor, *loops, vmap)]
+        yield [cells, stack.ms, floor.ms, *ratios, stack.mib, vmap.mib]
+        for contender in own:
             contender.close()
-    for contender in one.values():
+    for contender in loops:
         contender.close()
 
 
-def grid(name: str, device: str, cells: int, features: int) -> list[float]:
-    """A grid of that many cells in stacks of the chosen size: size, milliseconds for an update of a cell, peak memory."""
-    network = NETWORKS[name]
-    share = -(-cells // workers(device))
-    size = min(share, choose_stack_size(make_cells(network, 1, 1024)[0], features, device)) * workers(device)
-    spent = peak = 0.0
-    for start in range(0, cells, size):
-        count = min(size, cells - start)
-        stacks = Processes(Task("stack", name, device, count, 10 * network.updates), network.updates)
+def grid(task: Task, features: int) -> list[float]:
+    """What GRID_HEADS says of a grid of `task.cells` cells, in the stacks that the executor would plan."""
+    network = NETWORKS[task.network]
+    wanted = {str(number): cell for number, cell in enumerate(make_cells(network, task.cells, 1024))}
+    sizes = [len(keys) for keys in plan_stacks(wanted, features, task.device)]
+    at_once, spent, peak = workers(task.device), 0.0, 0.0
+    for start in range(0, len(sizes), at_once):
+        count = sum(sizes[start : start + at_once])
+        stacks = Processes(task._replace(kind="stack", cells=count, updates=10 * network.updates), network.updates)
         stacks.take_turn()
-        spent, peak = spent + stacks.ms * count / cells, max(peak, stacks.mib)
+        spent, peak = spent + stacks.ms * count / task.cells, max(peak, stacks.mib)
         stacks.close()
-    return [cells, size // workers(device), spent, peak]
+    return [task.cells, max(sizes), spent, peak]
 
 
-def fits(network: Network, features: int, cells: int, device: str) -> bool:
+def fits(task: Task, features: int, cells: int) -> bool:
     """Whether the stack, and vmap beside it, leave some of the memory free."""
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    network = NETWORKS[task.network]
+    free = torch.cuda.mem_get_info()[0] if task.device == "cuda" else psutil.virtual_memory().available
     return 2.5 * cells * bytes_per_cell(network.model, features, network.latent_dim, BATCH) < 0.9 * free
 
 
 @click.command(help=__doc__)
 @click.option("--network", "chosen", type=click.Choice(list(NETWORKS)), multiple=True, default=list(NETWORKS))
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--precision", default="float32", show_default=True, help="of the stack")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--sizes", default=",".join(map(str, SIZES)), show_default=True, help="stack sizes, and grid sizes from 16 on")
-def main(chosen: tuple[str, ...], device: str, rounds: int, sizes: str) -> None:
+def main(chosen: tuple[str, ...], device: str, precision: str, rounds: int, sizes: str) -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU cores"
-    print(f"torch {torch.__version__}, {where}, batch {BATCH}, medians of {rounds} rounds")
+    print(f"torch {torch.__version__}, {where}, batch {BATCH}, stack in {precision}, medians of {rounds} rounds")
+    counts = [int(size) for size in sizes.split(",")]
     for name in chosen:
-        network = NETWORKS[name]
-        x = training_data(network.data).to(device)
         print(f"\n## {name}\n")
-        check(network, x)
-        counts = [int(size) for size in sizes.split(",")]
-        heads = [
-            "cells",
-            "stack, ms",
-            "floor, ms",
-            "floor/stack",
-            "loop/stack",
-            "fused loop/stack",
-            "script/stack",
-            "vmap/stack",
-        ]
-        rows = compare(name, device, [cells for cells in counts if fits(network, x.shape[1], cells, device)], rounds)
-        print_table(rows, [*heads, "stack, MiB", "vmap, MiB"])
-        grids = (grid(name, device, cells, x.shape[1]) for cells in counts if cells >= 16)
-        print_table(grids, ["cells in the grid", "stack size", "ms", "MiB"])
+        x = training_data(NETWORKS[name].data).to(device)
+        check(NETWORKS[name], x, precision)
+        task, features = Task("stack", name, device, precision, 1, 0), x.shape[1]
+        print_table(compare(task, [cells for cells in counts if fits(task, features, cells)], rounds), HEADS)
+        print_table((grid(task._replace(cells=cells), features) for cells in counts if cells >= 16), GRID_HEADS)
 
 
-def print_table(rows: Iterable[list[float]], heads: list[str]) -> None:
-    print(tabulate(list(rows), heads, tablefmt="github", floatfmt=".3g") + "\n", flush=True)
+def print_table(rows: Iterator[list[float]], heads: list[str]) -> None:
+    """A markdown table, each row as soon as it is known."""
+    for cells in (heads, ["---"] * len(heads)):
+        print("| " + " | ".join(cells) + " |", flush=True)
+    for row in rows:
+        print("| " + " | ".join(f"{value:.4g}" if value >= 1000 else f"{value:.3g}" for value in row) + " |", flush=True)
+    print()
 
 
 if __name__ == "__main__":

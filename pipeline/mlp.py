@@ -41,8 +41,8 @@ ACTIVATIONS = {
 class Layer(NamedTuple):
     """Views of one layer: weight [stack, in, out], bias [stack, 1, out], and their gradients (no bias gradient: no bias).
 
-    Operands of products are rounded to `dtype`. Products of narrow layers are made transposed: `batch` then lies innermost,
-    and kernels are up to eight times as fast.
+    Of one cell, they and what passes through them lack `stack`. Operands of products are rounded to `dtype`. Products of narrow
+    layers are made transposed: `batch` then lies innermost, and kernels are up to eight times as fast.
     """
 
     weight: Tensor
@@ -52,30 +52,29 @@ class Layer(NamedTuple):
     wide: bool = False
     dtype: torch.dtype = torch.float32
 
-    def of(self, cells: slice) -> Layer:
-        """The same layer of some of the cells."""
-        bias_grad = None if self.bias_grad is None else self.bias_grad[cells]
-        return self._replace(
-            weight=self.weight.detach()[cells],
-            bias=self.bias.detach()[cells],
-            weight_grad=self.weight_grad[cells],
-            bias_grad=bias_grad,
-        )
+    def of(self, cells: Any) -> Layer:
+        """The same layer of some cells, or of one."""
+        views = [view if view is None else view.detach()[cells] for view in self[:4]]
+        return Layer(*views, self.wide, self.dtype)
 
-    def forward(self, x: Float[Tensor, "stack batch in"]) -> Float[Tensor, "stack batch out"]:
+    def forward(self, x: Float[Tensor, "*stack batch in"]) -> Float[Tensor, "*stack batch out"]:
         output = self._product(x, self.weight) if self.wide else self._product(self.weight.mT, x.mT).mT
-        return output.float().add_(self.bias)
+        return output.add_(self.bias)
 
-    def backward(self, grad: Float[Tensor, "stack batch out"]) -> Float[Tensor, "stack batch in"]:
-        return (self._product(grad, self.weight.mT) if self.wide else self._product(self.weight, grad.mT).mT).float()
+    def backward(self, grad: Float[Tensor, "*stack batch out"]) -> Float[Tensor, "*stack batch in"]:
+        return self._product(grad, self.weight.mT) if self.wide else self._product(self.weight, grad.mT).mT
 
-    def write_gradients(self, x: Float[Tensor, "stack batch in"], grad: Float[Tensor, "stack batch out"]) -> None:
-        self.weight_grad.copy_(self._product(x.mT, grad))
+    def write_gradients(self, x: Float[Tensor, "*stack batch in"], grad: Float[Tensor, "*stack batch out"]) -> None:
+        self._product(x.mT, grad, out=self.weight_grad)
         if self.bias_grad is not None:
-            torch.sum(grad, dim=1, keepdim=True, out=self.bias_grad)
+            torch.sum(grad, dim=-2, keepdim=True, out=self.bias_grad)
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.bmm(a.to(self.dtype), b.to(self.dtype))
+    def _product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        multiply = torch.mm if a.dim() == 2 else torch.bmm
+        if self.dtype == torch.float32:
+            return multiply(a, b, out=out)
+        product = multiply(a.to(self.dtype), b.to(self.dtype)).float()
+        return product if out is None else out.copy_(product)
 
 
 def is_wide(shapes: list[tuple[int, int]]) -> bool:
@@ -94,7 +93,7 @@ class Mlp:
         self.anchor, self.activation = layers[0].weight, activation
         self.smallest = min(layer.weight[0].numel() for layer in layers)
         self.one_by_one = layers[0].wide and not self.anchor.is_cuda
-        cells = [slice(row, row + 1) for row in range(len(self.anchor))] if self.one_by_one else [slice(None)]
+        cells = range(len(self.anchor)) if self.one_by_one else [...]
         self.parts = [(part, [layer.of(part) for layer in layers]) for part in cells]
 
     def __call__(self, x: Float[Tensor, "stack batch in"]) -> Float[Tensor, "stack batch out"]:
@@ -115,6 +114,10 @@ class Mlp:
                 grad = self.activation.backward_(layers[number].backward(grad), inputs[number])
         return layers[0].backward(grad) if to_x else None
 
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """One tensor of what each part has."""
+        return torch.stack(parts) if self.one_by_one else parts[0]
+
 
 class _MlpFunction(torch.autograd.Function):
     """`anchor` is a parameter: the output requires gradients although x may not."""
@@ -127,7 +130,7 @@ class _MlpFunction(torch.autograd.Function):
                 *inputs, output = mlp.forward(x[cells], layers)
                 ctx.inputs.append(inputs)
                 outputs.append(output)
-        return _joined(outputs)
+        return mlp.joined(outputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
@@ -135,11 +138,7 @@ class _MlpFunction(torch.autograd.Function):
         work = zip(mlp.parts, ctx.inputs, strict=True)
         with fast_products(grad.shape[1] * mlp.smallest):
             grads = [mlp.backward(grad[cells], inputs, layers, to_x=to_x) for (cells, layers), inputs in work]
-        return _joined(grads) if to_x else None, None, None
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return mlp.joined(grads) if to_x else None, None, None
 
 
 @contextlib.contextmanager
