@@ -99,7 +99,7 @@ class StackTrainer:
         self.cells = self.model.initialise().cells
         self.train_x = torch.cat(train_x).to(device)
         self.validation_x = torch.stack(validation_x).to(device)
-        self.l2 = torch.tensor([cell.l2 for cell in self.cells], device=device)[:, None]
+        self.l2 = torch.tensor([cell.l2 for cell in self.cells], device=device)
         self.dataset = torch.tensor([cell.dataset for cell in self.cells], device=device)
         self.objective = Objective(self.cells, device)
         self.batches = Batches(self.cells, [len(x) for x in train_x], device)
@@ -157,7 +157,7 @@ class StackTrainer:
 
     def _clip(self, norm: float) -> None:
         """Scales each cell's whole gradient, λ's part included, which Adam therefore does not add again."""
-        self.model.weights.grad.addcmul_(self.model.weights.value, 2 * self.l2)
+        self.model.weights.grad.addcmul_(self.model.weights.value, 2 * self.l2[:, None])
         grads = self.model.weights.grad, self.model.biases.grad
         norms = sum(grad.square().sum(dim=1, keepdim=True) for grad in grads).sqrt()
         for grad in grads:
@@ -167,7 +167,7 @@ class StackTrainer:
     def _record(self, point: int, train_terms: Float[Tensor, "stack term"]) -> None:
         """History, freezing of diverged cells, and the best weights so far."""
         validation = self._validate()
-        penalty = self.model.weights.value.square().mul(self.l2).sum(dim=1)
+        penalty = self.l2 * torch.linalg.vector_norm(self.model.weights.value, dim=1).square()
         for terms in (train_terms, validation):
             terms[:, 0] += penalty
         self._mark_diverged(validation[:, 0])
@@ -178,9 +178,10 @@ class StackTrainer:
         keep = (validation[:, 0] < self.best_loss) if self.config.keep == "best" else ~dead
         keep &= ~dead
         self.best_loss = torch.where(keep, validation[:, 0], self.best_loss)
-        self.best_update[keep] = self.update
+        self.best_update.masked_fill_(keep, self.update)
+        rows = keep.nonzero()[:, 0]
         for best, buffer in zip(self.best, (self.model.weights, self.model.biases), strict=True):
-            best[keep] = buffer.value[keep]
+            best.index_copy_(0, rows, buffer.value.index_select(0, rows))
 
     @torch.no_grad()
     def _validate(self) -> Float[Tensor, "stack term"]:
