@@ -219,8 +219,12 @@ def test_an_untrained_variance_head_cannot_overflow_into_an_arm_that_ignores_it(
     assert set(results[0].record["history"]["validation_penalty"]) == {0.0}
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU with bf16 products")
-def test_bf16_products_leave_the_final_metrics_unmoved(make_cell, tmp_path):
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+NO_BF16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU with bf16 products")
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=NO_BF16), pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def test_bf16_products_leave_the_final_metrics_unmoved(make_cell, tmp_path, device):
     """Paired over seeds: the 95% interval of each metric's change lies within a stated share of the metric."""
     data = build(Data(name="digits5k"), tmp_path)[0]
     x, validation = (data.x[split].float() / 255 for split in ("train", "validation"))
@@ -228,13 +232,28 @@ def test_bf16_products_leave_the_final_metrics_unmoved(make_cell, tmp_path):
     cells = [make_cell(latent_dim=4, seed=seed, model=model, train=budget) for seed in range(8)]
     measured = {}
     for precision in ("float32", "bf16"):
-        trainer = StackTrainer(cells, [x], [validation], precision=precision)
+        trainer = StackTrainer(cells, [x], [validation], device, precision)
         list(trainer.run())
-        judge = StackTrainer(cells, [x], [validation])
+        judge = StackTrainer(cells, [x], [validation], device)
         for row, result in enumerate(trainer.finish()):
             judge.model.load_cell(row, result.weights)
-        measured[precision] = judge._validate()
+        measured[precision] = judge._validate().cpu()
     change = measured["bf16"] / measured["float32"] - 1
     interval = change.mean(dim=0).abs() + 2.365 * change.std(dim=0) / len(cells) ** 0.5  # t of 7 degrees of freedom
     assert (change != 0).all()
     assert (interval < torch.tensor([0.01, 0.01, 0.1])).all(), interval  # loss, reconstruction, KL
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_updates_do_not_wait_for_the_gpu(make_cell, pixels):
+    trainer = StackTrainer(
+        [make_cell(arm, seed=seed) for arm, seed in itertools.product(ARMS, range(2))], [pixels], [pixels], "cuda"
+    )
+    block = trainer.batches.block(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            trainer._step(*block)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
