@@ -23,9 +23,9 @@ from pipeline.trainer import Batches, StackTrainer, _Adam
 PARTS = {
     "products": [(Layer, "_product")],
     "Adam": [(_Adam, "step")],
-    "reconstruction, forward": [(Objective, "reconstruction")],
+    "cross-entropy or squared error, and its gradient": [(Objective, "reconstruction")],
     "KL and sampling, forward": [(Objective, "penalty"), (Objective, "sample"), (Objective, "posterior")],
-    "history: validation beside its products, best weights": [(StackTrainer, "_record")],
+    "history: λ term, best weights": [(StackTrainer, "_record")],
     "random numbers": [(Batches, "block")],
 }
 OTHER = "other: biases, activations, autograd, batches"

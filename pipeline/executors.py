@@ -76,7 +76,7 @@ def _multiplies_bf16(device: str) -> bool:
 
 def bytes_per_cell(model: Model, features: int, latent_dim: int, batch_size: int) -> int:
     """Memory of one cell in training: weights, gradients, two moments, the best weights, and the activations of one batch."""
-    activations = batch_size * (4 * features + 4 * sum(model.hidden))
+    activations = batch_size * (6 * features + 4 * sum(model.hidden))
     return 4 * (6 * parameter_count(model, features, latent_dim) + activations)
 
 

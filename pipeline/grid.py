@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config import ARMS, Arm, Data, Model, Study, Train
 
-ENGINE_VERSION = 3  # raise it when a change alters a cell's numbers, or old cells are silently reused
+ENGINE_VERSION = 4  # raise it when a change alters a cell's numbers, or old cells are silently reused
 
 
 @dataclass(frozen=True)

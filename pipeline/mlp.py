@@ -41,8 +41,8 @@ ACTIVATIONS = {
 class Layer(NamedTuple):
     """Views of one layer: weight [stack, in, out], bias [stack, 1, out], and their gradients (no bias gradient: no bias).
 
-    Of one cell, they and what passes through them lack `stack`. Operands of products are rounded to `dtype`. Products of narrow
-    layers are made transposed: `batch` then lies innermost, and kernels are up to eight times as fast.
+    Of one cell, they and what passes through them lack `stack`. Products and their operands are rounded to `dtype`. Products of
+    narrow layers are made transposed: `batch` then lies innermost, and kernels are up to eight times as fast.
     """
 
     weight: Tensor
@@ -114,6 +114,9 @@ class Mlp:
                 grad = self.activation.backward_(layers[number].backward(grad), inputs[number])
         return layers[0].backward(grad) if to_x else None
 
+    def kernels(self, batch: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.anchor.is_cuda else fast_products(batch * self.smallest)
+
     def joined(self, parts: list[Tensor]) -> Tensor:
         """One tensor of what each part has."""
         return torch.stack(parts) if self.one_by_one else parts[0]
@@ -125,7 +128,7 @@ class _MlpFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, mlp: Mlp) -> Tensor:
         outputs, ctx.mlp, ctx.inputs = [], mlp, []
-        with fast_products(x.shape[1] * mlp.smallest):
+        with mlp.kernels(x.shape[1]):
             for cells, layers in mlp.parts:
                 *inputs, output = mlp.forward(x[cells], layers)
                 ctx.inputs.append(inputs)
@@ -136,7 +139,7 @@ class _MlpFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         mlp, to_x = ctx.mlp, ctx.needs_input_grad[0]
         work = zip(mlp.parts, ctx.inputs, strict=True)
-        with fast_products(grad.shape[1] * mlp.smallest):
+        with mlp.kernels(grad.shape[1]):
             grads = [mlp.backward(grad[cells], inputs, layers, to_x=to_x) for (cells, layers), inputs in work]
         return mlp.joined(grads) if to_x else None, None, None
 

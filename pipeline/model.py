@@ -19,7 +19,7 @@ from pipeline.grid import Cell, layer_shapes
 from pipeline.mlp import ACTIVATIONS, Layer, Mlp, is_wide
 from pipeline.randomness import Stream, uniforms
 
-ROW_ALIGNMENT = 16  # floats in a cache line: no vectorised kernel ever ends inside a row
+ROW_ALIGNMENT = 32  # floats that torch's kernels take in one step, so that none ends inside a row; two cache lines
 
 
 class WrittenGrad(torch.autograd.Function):

@@ -19,14 +19,14 @@ from pipeline.grid import Cell
 
 LOG_2PI = math.log(2 * math.pi)
 CACHED_ELEMENTS = 2**17  # of one tensor, a few of which a core's cache holds
-VECTOR = 16  # floats in the widest register of a CPU
+UNROLLED = 32  # floats that torch's kernels take in one step: two of the widest registers of a CPU
 
 
 class _BernoulliNll(torch.autograd.Function):
     """Cross-entropy from logits, log(1 + exp(logit)) − target · logit, with its gradient made in the same pass.
 
-    A few cells at a time. log(1 + exp(x)) = max(x, 0) − log σ(|x|), because torch's sigmoid is the fastest exponential here; it
-    rounds differently in what a vector register is not filled with, so cells share a call only where they fill all.
+    log(1 + exp(x)) = max(x, 0) − log σ(|x|), because torch's sigmoid is the fastest exponential on a CPU. There, a few cells at
+    a time stay in cache; and sigmoid rounds differently in what is left over at its end, so cells with a remainder go alone.
     """
 
     @staticmethod
@@ -34,7 +34,8 @@ class _BernoulliNll(torch.autograd.Function):
         value = logits.new_empty(logits.shape[:-1])
         ctx.slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         elements = logits[0].numel()
-        cells = 1 if elements % VECTOR else max(1, CACHED_ELEMENTS // elements)
+        cells = 1 if elements % UNROLLED else max(1, CACHED_ELEMENTS // elements)
+        cells = len(logits) if logits.is_cuda else cells
         for part in (slice(first, first + cells) for first in range(0, len(logits), cells)):
             x, t = logits[part], target[part]
             if ctx.slope is not None:

@@ -46,7 +46,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 def _words(seeds: Int[Tensor, " seed"], stream: Stream, a: Tensor, b: Tensor, c: int | Tensor = 0) -> tuple[Tensor, ...]:
     """Words for each seed over the broadcast shape of `a` and `b`; the leading axis is `seed`."""
-    a, b, c = torch.broadcast_tensors(a, b, torch.as_tensor(c, device=a.device))
+    a, b, c = torch.broadcast_tensors(a, b, c if isinstance(c, Tensor) else torch.full_like(a, c))
     k0 = seeds.view(-1, *[1] * a.dim())
     return philox((a, b, c, torch.zeros_like(a)), (k0, torch.full_like(k0, int(stream))))
 

@@ -39,13 +39,14 @@ class Batches:
 
     def __init__(self, cells: list[Cell], rows: list[int], device: torch.device | str):
         self.batch_size, self.lanes = cells[0].train.batch_size, cells[0].lanes
-        self.rows, self.device = rows, device
+        self.rows = rows
         self.offsets = [0, *itertools.accumulate(rows)]
         feeds = sorted({(cell.dataset, cell.seed) for cell in cells})
         self.feeds = feeds
         self.feed = torch.tensor([feeds.index((cell.dataset, cell.seed)) for cell in cells], device=device)
         seeds = sorted({cell.seed for cell in cells})
         self.seeds = torch.tensor(seeds, device=device)
+        self._seed_of = dict(zip(seeds, self.seeds.split(1), strict=True))
         self.seed = torch.tensor([seeds.index(cell.seed) for cell in cells], device=device)
         self._orders: dict[tuple[int, int, int], Tensor] = {}
 
@@ -67,7 +68,7 @@ class Batches:
         key = seed, epoch, count
         if key not in self._orders:
             self._orders = {k: v for k, v in self._orders.items() if k[1] >= epoch - 1}
-            self._orders[key] = permutations(torch.tensor([seed], device=self.device), epoch, count)[0]
+            self._orders[key] = permutations(self._seed_of[seed], epoch, count)[0]
         return self._orders[key]
 
 
@@ -167,7 +168,7 @@ class StackTrainer:
     def _record(self, point: int, train_terms: Float[Tensor, "stack term"]) -> None:
         """History, freezing of diverged cells, and the best weights so far."""
         validation = self._validate()
-        penalty = self.l2 * torch.linalg.vector_norm(self.model.weights.value, dim=1).square()
+        penalty = self.l2 * self.model.weights.value.square().sum(dim=1)
         for terms in (train_terms, validation):
             terms[:, 0] += penalty
         self._mark_diverged(validation[:, 0])

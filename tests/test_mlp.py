@@ -7,7 +7,7 @@ import torch
 
 from pipeline.mlp import LEAST_PRODUCT, Layer, fast_products
 
-BATCHES, SHAPES = (128, 64, 37, 6), ((2, 30), (30, 30), (30, 4), (30, 2), (128, 16))
+BATCHES, SHAPES = (128, 64, 37, 25, 6), ((2, 30), (30, 30), (30, 4), (30, 2), (17, 5), (128, 16))
 
 
 def layer(stack: int, fan_in: int, fan_out: int, *, wide: bool = False) -> tuple[Layer, torch.Tensor, torch.Tensor]:
@@ -36,14 +36,16 @@ def test_a_layer_equals_linear_algebra(shape, wide):
 
 
 @pytest.mark.parametrize(("shape", "batch"), list(itertools.product(SHAPES, BATCHES)))
-def test_a_product_does_not_depend_on_how_many_there_are(shape, batch):
-    """On both sides of the size from which torch asks another library."""
+def test_a_product_depends_neither_on_how_many_there_are_nor_on_its_place(shape, batch):
+    """On both sides of the size from which torch asks another library, and at every place in memory."""
     found, x, grad = layer(48, *shape)
-    whole = passes(found, x[:, :batch], grad[:, :batch])
-    for stack in (2, 3, 12, 16):
+    x, grad = x[:, :batch].contiguous(), grad[:, :batch].contiguous()
+    whole = passes(found, x, grad)
+    for stack in (2, 3, 5, 16):
         for first in range(0, 48, stack):
             part = slice(first, first + stack)
-            for one, all_ in zip(passes(found.of(part), x[part, :batch], grad[part, :batch]), whole, strict=True):
+            views = [view[part].clone() for view in (*found[:4], x, grad)]
+            for one, all_ in zip(passes(Layer(*views[:4]), *views[4:]), whole, strict=True):
                 assert torch.equal(one, all_[part])
 
 

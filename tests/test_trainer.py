@@ -6,6 +6,7 @@ import torch
 
 from pipeline.config import Data, Schedule
 from pipeline.datasets import build
+from pipeline.executors import _multiplies_bf16
 from pipeline.objective import gaussian_nll, kl_per_latent
 from pipeline.trainer import HISTORY, StackTrainer, factor, still_falling
 
@@ -92,23 +93,26 @@ LARGE = {"hidden": (310, 250)}  # wide enough for a CPU to take it cell by cell
 
 def test_the_stack_equals_the_loop_for_a_large_network(make_cell, pixels):
     """Up to what Adam, with steps of 1e-3, makes of a gradient that is zero but for rounding."""
-    for activation, batch_size in itertools.product(("relu", "tanh"), (3, 110)):  # a batch of 3 is MKL's
+    for activation, batch_size in itertools.product(("relu", "tanh"), (3, 110)):
         budget = {"updates": 12, "keep": "last", "batch_size": batch_size}
         knobs = {"model": {**LARGE, "activation": activation}, "train": budget}
         assert_stack_equals_loop([make_cell(latent_dim=3, seed=seed, l2=1e-3, **knobs) for seed in (0, 1)], pixels, atol=5e-4)
 
 
 MODELS = [{}, {"hidden": (80, 64), "activation": "tanh"}, {"likelihood": "gaussian", "hidden": ()}, LARGE]
+BATCHES = [(17, 32), (17, 25), (16, 33), (16, 3)]  # features and rows, for what they leave over in registers and cache lines
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_cell_does_not_depend_on_its_neighbours(make_cell, pixels, model):
+@pytest.mark.parametrize(("features", "rows"), BATCHES)
+def test_a_cell_does_not_depend_on_its_neighbours(make_cell, pixels, model, features, rows):
     """Bit for bit, in any company and order, alone too."""
-    wanted = make_cell(latent_dim=3, l2=1e-3, seed=3, model=model)
-    alone = train([wanted], pixels).finish()[0]
-    company = [make_cell(arm, latent_dim=4, seed=seed, model=model) for arm, seed in itertools.product(ARMS, (1, 3))]
-    same(train([*company[:4], wanted, *company[4:]], pixels).finish()[4], alone)
-    same(train([wanted, *company[:2]], pixels).finish()[0], alone)
+    x, knobs = pixels[:, :features].contiguous(), {"model": model, "train": {"batch_size": rows}}
+    wanted = make_cell(latent_dim=3, l2=1e-3, seed=3, **knobs)
+    alone = train([wanted], x).finish()[0]
+    company = [make_cell(arm, latent_dim=4, seed=seed, **knobs) for arm, seed in itertools.product(ARMS, (1, 3))]
+    same(train([*company[:4], wanted, *company[4:]], x).finish()[4], alone)
+    same(train([wanted, *company[:2]], x).finish()[0], alone)
 
 
 def test_permuting_the_stack_permutes_the_results(make_cell, pixels):
@@ -220,7 +224,7 @@ def test_an_untrained_variance_head_cannot_overflow_into_an_arm_that_ignores_it(
 
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-NO_BF16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU with bf16 products")
+NO_BF16 = pytest.mark.skipif(not _multiplies_bf16("cpu"), reason="needs a CPU with bf16 products")
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=NO_BF16), pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
@@ -246,14 +250,15 @@ def test_bf16_products_leave_the_final_metrics_unmoved(make_cell, tmp_path, devi
 
 @pytest.mark.gpu
 @NO_GPU
-def test_updates_do_not_wait_for_the_gpu(make_cell, pixels):
-    trainer = StackTrainer(
-        [make_cell(arm, seed=seed) for arm, seed in itertools.product(ARMS, range(2))], [pixels], [pixels], "cuda"
-    )
-    block = trainer.batches.block(0)
+@pytest.mark.parametrize(("model", "precision"), [({}, "float32"), ({"likelihood": "gaussian"}, "float32"), (LARGE, "bf16")])
+def test_updates_do_not_wait_for_the_gpu(make_cell, pixels, model, precision):
+    sigma2 = "learned" if model.get("likelihood") == "gaussian" else None
+    cells = [make_cell(arm, sigma2=sigma2, model=model, train={"clip_norm": 5.0}) for arm in ARMS]
+    trainer = StackTrainer(cells, [pixels], [pixels], "cuda", precision)
+    trainer._step(*trainer.batches.block(0))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(4):
-            trainer._step(*block)
+        for first in (0, 16):  # over the end of an epoch
+            trainer._step(*trainer.batches.block(first))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -120,7 +120,7 @@ def _measure(stack: Measured, study: Study) -> dict[str, Rows]:
     """Rows of the tables `metrics`, `latents` and `noise`."""
     likelihood, bound = _likelihood_terms(stack), _importance_weighted_bound(stack, study.evaluate.importance_samples)
     variance = metrics.mean_variance(stack.codes["test"], [cell.arm.samples for cell in stack.model.cells])
-    clean = {split: _error(stack, x, stack.codes[split]) for split, x in stack.x.items()}
+    clean = {split: _errors(stack, stack.codes[split], x)[0] for split, x in stack.x.items()}
     units = metrics.active_units(variance, study.evaluate.active_threshold)
     found: dict[str, Rows] = {"metrics": [], "latents": [], "noise": []}
     for row, cell in enumerate(stack.model.cells):
@@ -194,12 +194,13 @@ def _nats(model: StackedAutoencoder, cell: Cell, likelihood: dict[str, Tensor], 
 
 
 @torch.no_grad()
-def _error(stack: Measured, target: Tensor, codes: Float[Tensor, "stack row lane"]) -> Float[Tensor, " stack"]:
-    """Mean squared error per dimension between `target` and the reconstruction of `codes`."""
-    total = 0.0
-    for rows in torch.arange(len(target), device=target.device).split(ROWS):
-        total += metrics.squared_error(stack.model.reconstruct(codes[:, rows]), target[rows]).sum(dim=1)
-    return total / len(target)
+def _errors(stack: Measured, codes: Float[Tensor, "stack row lane"], *targets: Tensor) -> list[Float[Tensor, " stack"]]:
+    """Mean squared errors per dimension of the reconstruction of `codes` against each target."""
+    totals = [0.0] * len(targets)
+    for part, *rows in zip(codes.split(ROWS, dim=1), *(target.split(ROWS) for target in targets), strict=True):
+        output = stack.model.reconstruct(part)
+        totals = [total + metrics.squared_error(output, x).sum(dim=1) for total, x in zip(totals, rows, strict=True)]
+    return [total / codes.shape[1] for total in totals]
 
 
 def _knn(stack: Measured, row: int, neighbours: int) -> float | None:
@@ -215,8 +216,8 @@ def _noise(stack: Measured, study: Study) -> Iterator[dict[str, Any]]:
     for kind, level in _noise_levels(study):
         noisy = _corrupted(x, kind, level, stack.data.unit_range)
         codes, _ = _posterior(stack.model, noisy)
-        errors = zip(_error(stack, x, codes).tolist(), _error(stack, noisy, codes).tolist(), strict=True)
-        for row, (clean, dirty) in enumerate(errors):
+        errors = [error.tolist() for error in _errors(stack, codes, x, noisy)]
+        for row, (clean, dirty) in enumerate(zip(*errors, strict=True)):
             place = {"cell_id": stack.keys[row], **stack.model.cells[row].row(), "noise": kind, "level": level}
             yield {**place, "mse_clean": clean, "mse_noisy": dirty}
 

@@ -195,5 +195,7 @@ def _write(name: str, search: Search, trials: Trials, store: CellStore, runtime:
         "updates": search.train.updates,
         "device": runtime.device,
         "torch": runtime.torch,
+        "precision": runtime.precision,
+        "engine_version": ENGINE_VERSION,
     }
     write_json(folder / "about.json", about)
