@@ -144,17 +144,18 @@ class _MlpFunction(torch.autograd.Function):
         return mlp.joined(grads) if to_x else None, None, None
 
 
-@contextlib.contextmanager
-def fast_products(smallest: int) -> Iterator[None]:
+def fast_products(smallest: int) -> contextlib.AbstractContextManager[None]:
     """Has oneDNN make float32 products on a CPU: two to three times as fast where MKL leaves AVX-512 unused (AMD).
 
     torch grants oneDNN these only with permission to round to bf16; hence only on a CPU that makes no use of it. And torch goes
     by the size of a whole stack's product, on which a cell's result must not depend; hence only where one cell's, `smallest`,
     is large enough.
     """
-    if smallest <= LEAST_PRODUCT or not _onednn_keeps_float32():
-        yield
-        return
+    return _onednn() if smallest > LEAST_PRODUCT and _onednn_keeps_float32() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _onednn() -> Iterator[None]:
     switch = torch.backends.mkldnn.matmul
     before, switch.fp32_precision = switch.fp32_precision, "bf16"
     try:
@@ -166,13 +167,8 @@ def fast_products(smallest: int) -> Iterator[None]:
 @cache
 def _onednn_keeps_float32() -> bool:
     """Multiplies what bf16 cannot hold."""
-    if not torch.backends.mkldnn.is_available():
-        return False
     number, size = 1 + 2**-12, 256
-    switch = torch.backends.mkldnn.matmul
-    before, switch.fp32_precision = switch.fp32_precision, "bf16"
-    try:
-        product = torch.bmm(torch.full((2, size, size), number), torch.full((2, size, size), number))
-    finally:
-        switch.fp32_precision = before
-    return bool((product / (size * number**2) - 1).abs().max() < 2**-20)
+    factor = torch.full((2, size, size), number)
+    with _onednn():
+        product = torch.bmm(factor, factor)
+    return torch.backends.mkldnn.is_available() and bool((product / (size * number**2) - 1).abs().max() < 2**-20)
