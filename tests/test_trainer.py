@@ -7,6 +7,7 @@ import torch
 from pipeline.config import Data, Schedule
 from pipeline.datasets import build
 from pipeline.executors import _multiplies_bf16
+from pipeline.model import StackedAutoencoder
 from pipeline.objective import gaussian_nll, kl_per_latent
 from pipeline.trainer import HISTORY, StackTrainer, factor, still_falling
 
@@ -248,13 +249,30 @@ def test_bf16_products_leave_the_final_metrics_unmoved(make_cell, tmp_path, devi
     assert (interval < torch.tensor([0.01, 0.01, 0.1])).all(), interval  # loss, reconstruction, KL
 
 
+KINDS = pytest.mark.parametrize(
+    ("model", "precision"), [({}, "float32"), ({"likelihood": "gaussian"}, "float32"), (LARGE, "bf16")]
+)
+
+
+def every_arm(make_cell, model):
+    sigma2 = "learned" if model.get("likelihood") == "gaussian" else None
+    return [make_cell(arm, sigma2=sigma2, l2=1e-3, model=model, train={"clip_norm": 5.0}) for arm in ARMS]
+
+
+@KINDS
+def test_an_update_keeps_to_its_device(make_cell, pixels, monkeypatch, model, precision):
+    """Meta tensors refuse the company of others as a GPU's do, without a GPU; they have no `unique`, which seeds need."""
+    monkeypatch.setattr(StackedAutoencoder, "initialise", lambda model: model)
+    trainer = StackTrainer(every_arm(make_cell, model), [pixels], [pixels], "meta", precision)
+    assert trainer._step(*trainer.batches.block(0)).is_meta
+    assert trainer._validate().is_meta
+
+
 @pytest.mark.gpu
 @NO_GPU
-@pytest.mark.parametrize(("model", "precision"), [({}, "float32"), ({"likelihood": "gaussian"}, "float32"), (LARGE, "bf16")])
+@KINDS
 def test_updates_do_not_wait_for_the_gpu(make_cell, pixels, model, precision):
-    sigma2 = "learned" if model.get("likelihood") == "gaussian" else None
-    cells = [make_cell(arm, sigma2=sigma2, model=model, train={"clip_norm": 5.0}) for arm in ARMS]
-    trainer = StackTrainer(cells, [pixels], [pixels], "cuda", precision)
+    trainer = StackTrainer(every_arm(make_cell, model), [pixels], [pixels], "cuda", precision)
     trainer._step(*trainer.batches.block(0))
     torch.cuda.set_sync_debug_mode("error")
     try:
