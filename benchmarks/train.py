@@ -331,9 +331,9 @@ class Task(NamedTuple):
     updates: int  # of all turns
 
     @property
-    def processes(self) -> int:
-        """The engine, and the floor below it, use a process a core; PyTorch shares one process's work among the cores."""
-        return min(workers(self.device), self.cells) if self.kind in ("stack", "floor") else 1
+    def a_process_a_core(self) -> bool:
+        """The engine works so, and the floor below it; by itself PyTorch shares one process's work among the cores."""
+        return self.kind in ("stack", "floor")
 
 
 def make_contender(task: Task) -> Contender | Floor:
@@ -370,8 +370,7 @@ class Processes:
     """A contender in processes of its own, with its share of the cells in each."""
 
     def __init__(self, task: Task, turn: int):
-        count = task.processes
-        threads = 1 if task.kind in ("stack", "floor") else torch.get_num_threads()
+        count, threads = (min(workers(task.device), task.cells), 1) if task.a_process_a_core else (1, torch.get_num_threads())
         self.cells, self.turn, self.times, self.mib = task.cells, turn, [], 0.0
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([StackTrainer.__module__])
