@@ -1,197 +1,131 @@
-"""The statistics over seeds: intervals, paired differences, and the words and digits that they support.
+"""How a claim is decided: contrasts over seeds, the hypotheses made of them, and what is left of their p after correction.
 
-The unit is the seed: cells that share a seed are averaged before anything is counted as a repetition.
+Every kind of claim says that contrasts, of which each seed gives one value, have positive means: all of them (an
+intersection-union test), or all of any one of some alternatives. What would contradict the claim is said in the same way. The
+unit is the seed: whatever else varies is averaged before a contrast is made.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
+from jaxtyping import Float
 from scipy import stats
 
-LEVEL = 0.95
-CONTROL = "ae"
-NEGLIGIBLE = 1e-8  # below the resolution of what float32 training measures
+LEVEL = 0.05
+FEWEST_SEEDS = 5
+
+Seeds = Float[np.ndarray, " seed"]
+Levels = Float[np.ndarray, "level seed"]
+Hypothesis = list[list[Seeds]]
+"""Any of these alternatives holds, of which each says that all of its contrasts have positive means."""
 
 
-class Interval(NamedTuple):
-    """A mean over seeds and its 95% t interval; the interval of a single seed is NaN."""
+class Claim(NamedTuple):
+    """What a claim says, what would contradict it, and its effect, one value a seed."""
 
-    mean: float
-    low: float
-    high: float
+    says: Hypothesis
+    opposite: Hypothesis
+    effect: Seeds
+
+
+class Decision(NamedTuple):
+    """Two-sided p of a claim, and the side that it speaks for. p is NaN where there are too few seeds."""
+
+    p: float
+    side: Literal["supported", "contradicted"]
     seeds: int
 
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
+
+def difference(treatment: Seeds, control: Seeds, *, lower: bool) -> Claim:
+    """The treatment's metric is lower (else higher) than that of its control, seed by seed."""
+    change = treatment - control
+    return _all_of([-change if lower else change], change)
 
 
-def seed_interval(values: Iterable[float]) -> Interval:
-    """The mean of one value a seed, and its 95% t interval. Missing values are left out."""
-    known = np.asarray(list(values), dtype=float)
-    known = known[~np.isnan(known)]
-    if len(known) == 0:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    spread = known.std(ddof=1) if len(known) > 1 else math.nan
-    half = float(_half_width(spread, len(known)))
-    mean = float(known.mean())
-    return Interval(mean, mean - half, mean + half, len(known))
+def monotone(levels: Levels, *, down: bool = False) -> Claim:
+    """The metric rises (else falls) from each level of an axis to the next; the effect is last minus first."""
+    steps = np.diff(levels, axis=0)
+    return _all_of(list(-steps if down else steps), levels[-1] - levels[0])
 
 
-def paired_difference(treatment: pd.Series, control: pd.Series) -> Interval:
-    """Treatment minus control, seed by seed; both are indexed by seed, and seeds that only one has are left out."""
-    for series in (treatment, control):
-        if not series.index.is_unique:
-            raise ValueError(f"one value a seed must be given, but got seeds {sorted(series.index)}")
-    return seed_interval((treatment - control).dropna())
+def equal(treatment: Seeds, control: Seeds, *, margin: float) -> Claim:
+    """The two differ by less than the margin either way (Schuirmann's two one-sided tests)."""
+    change = treatment - control
+    return _all_of([margin - change, margin + change], change)
 
 
-def summarise(table: pd.DataFrame, by: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
-    """One row a setting: its number of cells, and `m`, `m low`, `m high` for each metric, over seeds.
+def no_better(treatment: Seeds, control: Seeds, *, margin: float, lower: bool) -> Claim:
+    """The treatment does not improve on its control by the margin or more; better is lower (else higher)."""
+    change = treatment - control
+    return _all_of([margin + change if lower else margin - change], change)
 
-    Settings keep the order in which they first appear. The number of unconverged cells is added where the table knows it.
+
+def bound(values: Seeds, *, above: float | None = None, below: float | None = None) -> Claim:
+    """The mean lies above the one and below the other, where given."""
+    contrasts = [*([] if above is None else [values - above]), *([] if below is None else [below - values])]
+    return _all_of(contrasts, values)
+
+
+def count(values: Seeds, *, number: int) -> Claim:
+    """The mean count, rounded, is the number."""
+    return bound(values, above=number - 0.5, below=number + 0.5)
+
+
+def interior_optimum(levels: Levels, *, lowest: bool) -> Claim:
+    """Some inner level of an axis is better than both of its ends; better is lower (else higher).
+
+    The effect is the best inner level minus the better end, both chosen by their means.
     """
-    by, metrics = list(by), list(metrics)
-    found = _counts(table, by)
-    means, halves, _ = _over_seeds(table, by, metrics)
-    for metric in metrics:
-        found[metric] = means[metric].to_numpy()
-        found[f"{metric} low"] = (means[metric] - halves[metric]).to_numpy()
-        found[f"{metric} high"] = (means[metric] + halves[metric]).to_numpy()
-    return found
+    worse = levels if lowest else -levels
+    first, *inner, last = worse
+    says = [[first - level, last - level] for level in inner]
+    opposite = [[level - end for level in inner] for end in (first, last)]
+    best, end = min(inner, key=np.mean), min((first, last), key=np.mean)
+    return Claim(says, opposite, best - end if lowest else end - best)
 
 
-def paired_table(table: pd.DataFrame, same: Sequence[str], metric: str) -> pd.DataFrame:
-    """Every other arm minus the plain AE that agrees with it on the columns `same` and the seed, over seeds.
-
-    One row for each value of `same`, arm and β: metric, seeds, difference, low, high, and the pairs with an unconverged cell
-    where the table knows that. Empty without a plain AE.
-    """
-    same = list(same)
-    keys, by = [*same, "seed"], [*same, "arm", "beta"]
-    table = table.assign(unconverged=table.get("unconverged", False))
-    names = {metric: "control", "unconverged": "control_unconverged"}
-    control = table.loc[table["arm"] == CONTROL, [*keys, *names]].rename(columns=names)
-    if control.duplicated(keys).any():
-        raise ValueError(f"columns {keys} must tell the plain AEs apart, but several agree on them: name further axes")
-    pairs = table[table["arm"] != CONTROL].merge(control, on=keys)
-    pairs["difference"] = pairs[metric].astype(float) - pairs["control"].astype(float)
-    pairs["unconverged"] = pairs["unconverged"].astype(bool) | pairs["control_unconverged"].astype(bool)
-    means, halves, seeds = _over_seeds(pairs, by, ["difference"])
-    found = _counts(pairs, by)[[*by, "unconverged"]]
-    found["metric"] = metric
-    found["seeds"] = seeds["difference"].to_numpy()
-    found["difference"] = means["difference"].to_numpy()
-    found["low"] = (means["difference"] - halves["difference"]).to_numpy()
-    found["high"] = (means["difference"] + halves["difference"]).to_numpy()
-    return found
+def decide(claim: Claim) -> Decision:
+    """The smaller p of the two sides, doubled because there are two."""
+    seeds = len(claim.effect)
+    supported, contradicted = _p(claim.says), _p(claim.opposite)
+    side = "supported" if supported <= contradicted else "contradicted"
+    p = min(1.0, 2 * min(supported, contradicted)) if seeds >= FEWEST_SEEDS else math.nan
+    return Decision(p, side, seeds)
 
 
-def _counts(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    groups = table.groupby(by, dropna=False, sort=False)
-    found = groups.size().rename("cells").reset_index()
-    if "unconverged" in table:
-        found["unconverged"] = groups["unconverged"].agg(lambda flags: int(flags.astype(bool).sum())).to_numpy(dtype=int)
-    return found
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p corrected over those that are known, so that any false one among them passes with at most its level (Holm 1979)."""
+    known = [index for index, p in enumerate(p_values) if not math.isnan(p)]
+    corrected, largest = [math.nan] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(known, key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(known) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
 
 
-def _over_seeds(table: pd.DataFrame, by: list[str], metrics: list[str]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Means, half-widths and numbers of seeds of every setting, in order of first appearance."""
-    values = table[[*by, "seed", *metrics]].astype(dict.fromkeys(metrics, float))
-    of_seed = values.groupby([*by, "seed"], dropna=False, sort=False)[metrics].mean().reset_index()
-    groups = of_seed.groupby(by, dropna=False, sort=False)[metrics]
-    means, spreads, seeds = groups.mean(), groups.std(ddof=1), groups.count()
-    return means, _half_width(spreads, seeds), seeds
+def verdict(decision: Decision, corrected: float, *, converged: bool = True) -> str:
+    """`supported`, `contradicted` or `undecided`; what has not converged decides nothing."""
+    return decision.side if converged and corrected < LEVEL else "undecided"
 
 
-def _half_width(spread, count):
-    # scipy gives NaN for no degrees of freedom, which is what a single seed's interval is.
-    return spread * stats.t.ppf((1 + LEVEL) / 2, count - 1) / np.sqrt(count)
+def _all_of(contrasts: list[Seeds], effect: Seeds) -> Claim:
+    """A claim that all contrasts are positive; it is contradicted by any that is negative."""
+    return Claim([contrasts], [[-contrast] for contrast in contrasts], effect)
 
 
-def verdict(difference: Interval) -> str:
-    """How a treatment does against its control, by the interval of their difference in a metric where lower is better."""
-    if math.isnan(difference.low):
-        return "cannot be told from"
-    if difference.low <= 0 <= difference.high:
-        return "does not differ from"
-    return "beats" if difference.mean < 0 else "loses to"
+def _p(hypothesis: Hypothesis) -> float:
+    """p against the hypothesis' negation, corrected over its alternatives (Bonferroni)."""
+    return min(1.0, len(hypothesis) * min(max(_above_zero(contrast) for contrast in contrasts) for contrasts in hypothesis))
 
 
-def change(difference: Interval) -> str:
-    """What a change does to a metric, by the interval of the difference."""
-    if math.isnan(difference.low):
-        return "has too few seeds to tell about"
-    if difference.low <= 0 <= difference.high:
-        return "does not measurably change"
-    return "lowers" if difference.mean < 0 else "raises"
-
-
-def with_half_width(interval: Interval) -> str:
-    """`mean ± half-width` with the digits that the interval supports: `123.4 ± 1.2`."""
-
-    def write(mean: str, low: str, high: str, half: str) -> str:
-        return f"{mean} ± {half}"
-
-    return _written(interval, write)
-
-
-def with_bounds(interval: Interval) -> str:
-    """`mean [low, high]` with the digits that the interval supports: `−0.012 [−0.015, −0.009]`."""
-
-    def write(mean: str, low: str, high: str, half: str) -> str:
-        return f"{mean} [{low}, {high}]"
-
-    return _written(interval, write)
-
-
-def plain(value: float, digits: int = 3) -> str:
-    """A number that has no interval, to a few significant digits."""
-    if math.isnan(value):
-        return "–"
-    if value == 0 or math.isinf(value) or 1e-4 <= abs(value) < 1e6:
-        text = f"{value:.{digits}g}"
-        return (_fixed(value, 0) if "e" in text else text).replace("-", "−")
-    exponent = math.floor(math.log10(abs(value)))
-    return f"{_fixed(value / 10.0**exponent, digits - 1)} × {_power(exponent)}"
-
-
-def decimals(half_width: float) -> int:
-    """Decimals that a half-width supports: two significant digits of it up to 3.5, one above (the rule of physics' tables)."""
-    exponent = math.floor(math.log10(half_width))
-    return (1 if half_width / 10.0**exponent < 3.55 else 0) - exponent
-
-
-def _written(interval: Interval, write: Callable[..., str]) -> str:
-    mean, half = interval.mean, interval.half_width
-    if not (math.isfinite(mean) and math.isfinite(half)):
-        return plain(mean)
-    size = max(abs(mean), half)
-    if size < NEGLIGIBLE:
-        return write("0", "0", "0", "0")
-    if half <= 1e-12 * abs(mean):  # every seed gives the same number
-        return write(plain(mean, 4), plain(mean, 4), plain(mean, 4), "0")
-    if 1e-4 <= size < 1e6:
-        return write(*_texts(mean, half))
-    exponent = math.floor(math.log10(size))
-    scale = 10.0**exponent
-    return f"({write(*_texts(mean / scale, half / scale))}) × {_power(exponent)}"
-
-
-def _texts(mean: float, half: float) -> list[str]:
-    digits = decimals(half)
-    return [_fixed(value, digits) for value in (mean, mean - half, mean + half, half)]
-
-
-def _fixed(value: float, digits: int) -> str:
-    text = f"{round(value, digits):.{max(digits, 0)}f}"
-    return text.lstrip("-") if not float(text) else text.replace("-", "−")
-
-
-def _power(exponent: int) -> str:
-    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+def _above_zero(contrast: Seeds) -> float:
+    """One-sided p of Student's t that the mean is above zero; without any spread, 0 or 1."""
+    if len(contrast) < 2:
+        return 1.0
+    if np.ptp(contrast) == 0:
+        return 0.0 if contrast[0] > 0 else 1.0
+    return float(stats.ttest_1samp(contrast, 0.0, alternative="greater").pvalue)

@@ -48,6 +48,8 @@ ARMS = {
     "ae_as_published": Arm(samples=True, penalty="code_l2"),
     "kl_only": Arm(samples=True, penalty="kl", reconstruction_weight=0.0),
 }
+NoiseName = Literal["sparse_abs_gaussian", "gaussian", "salt_and_pepper", "erased_block"]
+ActivationName = Literal["relu", "tanh", "identity"]
 ArmName = Literal["vae", "ae", "ae_code_l2", "ae_as_published", "kl_only"]
 
 Positive = Annotated[float, Field(gt=0)]
@@ -101,15 +103,25 @@ class Model(Strict):
     """The network of every cell; the decoder mirrors the encoder."""
 
     hidden: tuple[Count, ...] = Field(description="widths of the encoder's hidden layers; empty for a linear network")
-    activation: Literal["relu", "tanh", "identity"] = Field("relu", description="between layers, never after the last one")
+    activation: ActivationName = Field("relu", description="between layers, never after the last one")
+    decoder_activation: ActivationName | None = Field(None, description="between the decoder's layers, if not `activation`")
     likelihood: Literal["bernoulli", "gaussian"] = Field(description="what R, the reconstruction term, is the negative log of")
     bias: bool = Field(True, description="whether layers have biases")
+    output: Literal["identity", "relu"] = Field("identity", description="after the last layer, for the mean of a Gaussian")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of a Gaussian's mean dropped in training")
+
+    @model_validator(mode="after")
+    def _logits_stay_as_they_are(self) -> Model:
+        if self.likelihood == "bernoulli" and (self.output != "identity" or self.dropout):
+            raise ValueError("output and dropout act on the mean of a Gaussian likelihood; a Bernoulli one has logits")
+        return self
 
 
 class ArmAxes(Strict):
     """Axes that only some arms have."""
 
     beta: axis(NonNegative) = Field((1.0,), description="weight of the arm's penalty, per sample and in nats")
+    anneal: axis(Share) = Field((0.0,), description="share of the updates over which β rises from 0 to its value; 0: fixed")
 
 
 class Grid(Strict):
@@ -118,6 +130,7 @@ class Grid(Strict):
     latent_dim: axis(Count)
     l2: axis(NonNegative) = Field((0.0,), description="λ: weight of the summed squares of all weight matrices")
     sigma2: axis(Positive | Literal["learned"]) = Field((1.0,), description="σ² of a Gaussian likelihood")
+    train_noise: axis(NonNegative) = Field((0.0,), description="level of the noise on training images that `train.noise` names")
     learning_rate: axis(Positive) = Field((1e-3,), description="of Adam, before the schedule")
     seed: axis(Seed) = Field((0, 1, 2, 3, 4), description="decides initial weights, batch order and ε")
     arms: dict[ArmName, ArmAxes] = Field(min_length=1)
@@ -125,18 +138,34 @@ class Grid(Strict):
     @model_validator(mode="after")
     def _an_arm_has_only_its_axes(self) -> Grid:
         for name, axes in self.arms.items():
-            if ARMS[name].penalty == "none" and "beta" in axes.model_fields_set:
-                raise ValueError(f"arm '{name}' has no penalty, so it has no axis 'beta'")
+            if ARMS[name].penalty == "none" and axes.model_fields_set:
+                raise ValueError(f"arm '{name}' has no penalty, so it has no axis '{sorted(axes.model_fields_set)[0]}'")
         return self
 
 
 class Schedule(Strict):
-    """A factor that changes over training: from `start` to `end` within the share `over` of all updates."""
+    """A factor that changes over training: from `start` to `end` within the share `over` of all updates, or in steps."""
 
-    kind: Literal["constant", "linear", "cosine"] = "constant"
+    kind: Literal["constant", "linear", "cosine", "steps"] = "constant"
     start: NonNegative = 1.0
     end: NonNegative = 1.0
     over: Annotated[float, Field(gt=0, le=1)] = 1.0
+    at: tuple[Share, ...] = Field((), description="shares of all updates at which `steps` multiplies by `ratio`")
+    ratio: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _only_steps_have_steps(self) -> Schedule:
+        if (self.kind == "steps") != bool(self.at):
+            raise ValueError(f"kind 'steps', and it alone, needs `at`, but got kind '{self.kind}' with at={list(self.at)}")
+        return self
+
+
+class TrainNoise(Strict):
+    """Corruption of the training and validation inputs, drawn once; its levels are the grid's axis `train_noise`."""
+
+    kind: NoiseName
+    target: Literal["clean", "noisy"] = Field("noisy", description="what the reconstruction is compared with in training")
+    clip: bool = Field(True, description="whether noisy images stay in [0, 1]; if not, a Bernoulli cell may see targets above 1")
 
 
 class Train(Strict):
@@ -145,7 +174,8 @@ class Train(Strict):
     updates: Count
     batch_size: Count = 128
     learning_rate_schedule: Schedule = Schedule()
-    beta_schedule: Schedule = Schedule()
+    shuffle: bool = Field(True, description="whether each epoch has an order of its own; if not, rows come as they are")
+    noise: TrainNoise | None = Field(None, description="corruption of the training images; none where not given")
     clip_norm: Positive | None = Field(None, description="largest gradient norm of a cell")
     history_points: Annotated[int, Field(ge=10)] = Field(40, description="how often losses are recorded")
     keep: Literal["best", "last"] = Field("best", description="which weights are evaluated: best on validation, or last")
@@ -160,7 +190,7 @@ class Train(Strict):
 class Noise(Strict):
     """Corruption of the test inputs."""
 
-    kind: Literal["sparse_abs_gaussian", "gaussian", "salt_and_pepper"]
+    kind: NoiseName
     levels: axis(NonNegative)
 
     @model_validator(mode="after")
@@ -176,6 +206,7 @@ class Evaluate(Strict):
     noise: tuple[Noise, ...] = Field((), description="corruptions under which reconstruction is measured")
     neighbours: Count = Field(5, description="k of the k-nearest-neighbour accuracy of the codes")
     importance_samples: Count = Field(64, description="draws of z behind the importance-weighted bound of log p(x)")
+    between: tuple[Name, Name] | None = Field(None, description="two classes between which codes are interpolated; any if none")
     active_threshold: Positive = Field(0.01, description="a unit is active if its mean varies more than this over the data")
 
     @model_validator(mode="after")
@@ -202,6 +233,8 @@ class Study(Strict):
         grid = self.grid
         if self.model.likelihood == "bernoulli" and "sigma2" in grid.model_fields_set:
             raise ValueError("a Bernoulli likelihood has no σ², so the grid has no axis 'sigma2'")
+        if (self.train.noise is None) == any(grid.train_noise):
+            raise ValueError("train.noise says what kind of noise grid.train_noise has levels of: neither stands alone")
         if self.size > MAX_CELLS:
             raise ValueError(f"the grid has {self.size} cells, at most {MAX_CELLS} are allowed")
         return self
@@ -210,9 +243,10 @@ class Study(Strict):
     def size(self) -> int:
         """The number of cells."""
         grid, size = self.grid, 1
-        for values in (grid.latent_dim, grid.l2, grid.sigma2, grid.learning_rate, grid.seed, *self.data.axes.values()):
+        axes = grid.latent_dim, grid.l2, grid.sigma2, grid.train_noise, grid.learning_rate, grid.seed
+        for values in (*axes, *self.data.axes.values()):
             size *= len(values)
-        return size * sum(len(arm.beta) if ARMS[name].penalty != "none" else 1 for name, arm in grid.arms.items())
+        return size * sum(len(arm.beta) * len(arm.anneal) for arm in grid.arms.values())
 
 
 class Range(Strict):

@@ -1,6 +1,6 @@
 """Every plot, one function a plot: data in, Figure out. No pyplot, so no state between plots; equal data give equal bytes.
 
-Tables over seeds come as `claims.summarise` makes them: columns `m`, `m low`, `m high` for a metric m.
+Tables over seeds come as `intervals.summarise` makes them: columns `m`, `m low`, `m high` for a metric m.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config import ARMS, Arm, Data, Model, Study, Train
 
-ENGINE_VERSION = 4  # raise it when a change alters a cell's numbers, or old cells are silently reused
+ENGINE_VERSION = 5  # raise it when a change alters a cell's numbers, or old cells are silently reused
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Runtime:
 class Cell:
     """One point of a study's grid: one trained model, one MLflow run.
 
-    `beta` is None for an arm without penalty, `sigma2` for a Bernoulli likelihood. `dataset` indexes the study's prepared
-    datasets; `data` holds the values of its data axes.
+    `beta` and `anneal` are None for an arm without penalty, `sigma2` for a Bernoulli likelihood. `dataset` indexes the
+    study's prepared datasets; `data` holds the values of its data axes.
     """
 
     arm_name: str
@@ -43,6 +43,8 @@ class Cell:
     model: Model
     train: Train
     data: dict[str, Any] = field(default_factory=dict)
+    anneal: float | None = 0.0
+    train_noise: float = 0.0
 
     @property
     def arm(self) -> Arm:
@@ -64,14 +66,16 @@ class Cell:
             **self.data,
             "latent_dim": self.latent_dim,
             "beta": self.beta,
+            "anneal": self.anneal,
             "l2": self.l2,
             "sigma2": self.sigma2,
+            "train_noise": self.train_noise,
             "learning_rate": self.learning_rate,
             "seed": self.seed,
         }
 
 
-AXES = ("latent_dim", "beta", "l2", "sigma2", "learning_rate")
+AXES = ("latent_dim", "beta", "anneal", "l2", "sigma2", "train_noise", "learning_rate")
 """Columns of `Cell.row` that, with the arm and the data axes, tell settings apart; `seed` repeats them."""
 
 
@@ -80,12 +84,21 @@ def cells(study: Study) -> list[Cell]:
     grid, found = study.grid, []
     sigma2 = grid.sigma2 if study.model.likelihood == "gaussian" else (None,)
     for name, axes in grid.arms.items():
-        betas = axes.beta if ARMS[name].penalty != "none" else (None,)
+        penalised = ARMS[name].penalty != "none"
         points = itertools.product(
-            enumerate(data_points(study.data)), grid.latent_dim, betas, grid.l2, sigma2, grid.learning_rate, grid.seed
+            enumerate(data_points(study.data)),
+            grid.latent_dim,
+            axes.beta if penalised else (None,),
+            axes.anneal if penalised else (None,),
+            grid.l2,
+            sigma2,
+            grid.train_noise,
+            grid.learning_rate,
+            grid.seed,
         )
-        for (index, data), latent_dim, beta, l2, variance, rate, seed in points:
-            found.append(Cell(name, beta, latent_dim, l2, variance, rate, seed, index, study.model, study.train, data))
+        for (index, data), latent_dim, beta, anneal, l2, variance, noise, rate, seed in points:
+            cell = Cell(name, beta, latent_dim, l2, variance, rate, seed, index, study.model, study.train, data, anneal, noise)
+            found.append(cell)
     return found
 
 
@@ -98,14 +111,16 @@ def cell_id(cell: Cell, data_hash: str, runtime: Runtime) -> str:
     """Names a cell by everything that decides its result: 16 hexadecimal digits."""
     recipe = {
         **cell.row(),
-        "model": cell.model.model_dump(mode="json"),
-        "train": cell.train.model_dump(mode="json"),
+        "model": cell.model.model_dump(mode="json", exclude_defaults=True),
+        "train": cell.train.model_dump(mode="json", exclude_defaults=True),
         "data_hash": data_hash,
         "engine": ENGINE_VERSION,
         **asdict(runtime),
     }
     for axis in cell.data:  # the data's hash says it already, and says it for shared datasets too
         del recipe[axis]
+    if not cell.train_noise:  # what kind of noise there would be is then no matter
+        recipe["train"].pop("noise", None)
     recipe["device"] = runtime.device.split(":")[0]
     recipe["torch"] = ".".join(runtime.torch.split(".")[:2])
     return hashlib.sha256(json.dumps(_normalised(recipe), sort_keys=True).encode()).hexdigest()[:16]

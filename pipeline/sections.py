@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline import artifacts, claims, config, figures, grid
+from pipeline import artifacts, config, figures, grid, intervals
 from pipeline import markdown as md
 
 REPORTS = Path("reports")
@@ -174,7 +174,7 @@ def _metrics_section(results: Results) -> str:
         return "No cell was evaluated: all of them diverged or are missing."
     known = [metric for metric in METRICS if metric in results.metrics and results.metrics[metric].notna().any()]
     axes = [axis for axis in results.axes if results.metrics[axis].nunique(dropna=False) > 1]
-    summary = claims.summarise(results.metrics, [*axes, "arm", "beta"], known)
+    summary = intervals.summarise(results.metrics, [*axes, "arm", "beta"], known)
     summary = summary.sort_values(axes, kind="stable") if axes else summary
     full, notes = _metrics_table(results, summary, axes, known), _metrics_notes(summary)
     if len(summary) <= LONGEST_TABLE or "l2" not in axes:
@@ -206,14 +206,14 @@ def _metrics_notes(summary: pd.DataFrame) -> str:
 def _clean_headline(results: Results) -> str:
     if results.metrics.empty:
         return ""
-    paired = claims.paired_table(results.metrics, results.axes, "test/mse")
+    paired = intervals.paired_table(results.metrics, results.axes, "test/mse")
     return _tally(paired[paired["arm"] == "vae"], "squared error on clean inputs")
 
 
 def _tally(paired: pd.DataFrame, where: str) -> str:
     if paired.empty:
         return ""
-    verdicts = [claims.verdict(_difference(row)) for _, row in paired.iterrows()]
+    verdicts = [intervals.comparison(_difference(row)) for _, row in paired.iterrows()]
     beats, loses = verdicts.count("beats"), verdicts.count("loses to")
     return (
         f"in {where}, the VAE beats the plain AE of the same seed in {beats} of {len(verdicts)} comparisons, loses to it in "
@@ -226,10 +226,10 @@ def _tally(paired: pd.DataFrame, where: str) -> str:
 
 def _rate_section(results: Results, front: SearchResults | None) -> str:
     table, fixed = _slice(results, results.metrics, keep=("latent_dim", "l2"))
-    penalised = table[table["arm"] != claims.CONTROL] if len(table) else table
+    penalised = table[table["arm"] != intervals.CONTROL] if len(table) else table
     if penalised.empty or penalised.groupby("arm")["beta"].nunique().max() < 2:
         return ""
-    summary = claims.summarise(table, ["arm", "latent_dim", "beta", "l2"], ["test/reconstruction", "test/mse", "test/kl"])
+    summary = intervals.summarise(table, ["arm", "latent_dim", "beta", "l2"], ["test/reconstruction", "test/mse", "test/kl"])
     findings = [*_weight_findings(table, "beta"), *_weight_findings(table, "l2"), *_collapse_findings(table)]
     return md.join("### Rate and distortion", _note(fixed), md.bullets(findings), _rate_figure(results, summary, front))
 
@@ -267,9 +267,9 @@ def _change(group: pd.DataFrame, weight: str, metric: str) -> str:
     by_seed = [
         group[group[weight] == edge].groupby("seed")[metric].mean() for edge in (group[weight].max(), group[weight].min())
     ]
-    difference = claims.paired_difference(*by_seed)
+    difference = intervals.paired_difference(*by_seed)
     name = {"test/kl": "the KL", "test/reconstruction": "the reconstruction term"}[metric]
-    return f"{claims.change(difference)} {name} ({claims.with_bounds(difference)} nats)"
+    return f"{intervals.change(difference)} {name} ({intervals.with_bounds(difference)} nats)"
 
 
 def _collapse_findings(table: pd.DataFrame) -> list[str]:
@@ -315,7 +315,7 @@ def _noise_section(results: Results) -> str:
         return ""
     noise, fixed = _slice(results, results.noise)
     pca = _slice(results, results.pca)[0] if len(results.pca) else None
-    summary = claims.summarise(noise, ["noise", "level", "latent_dim", "arm", "beta"], ["mse_clean"])
+    summary = intervals.summarise(noise, ["noise", "level", "latent_dim", "arm", "beta"], ["mse_clean"])
     picture = figures.robustness(summary, None if pca is None else pca.dropna(subset=["noise"]))
     caption = (
         "Squared error against the clean input over noise level, with 95% bands over seeds; dashed: PCA of as many dimensions."
@@ -338,7 +338,7 @@ def _paired_part(results: Results) -> str:
         ["noise", "latent_dim", "arm", "beta"], sort=False, dropna=False
     ):
         strongest = group.sort_values("level").iloc[-1]
-        there = f"{md.value(strongest['level'])}: {claims.with_bounds(_difference(strongest))}"
+        there = f"{md.value(strongest['level'])}: {intervals.with_bounds(_difference(strongest))}"
         label = figures.arm_label(arm, beta) + (f" †{strongest['unconverged']}" if strongest["unconverged"] else "")
         rows.append([_noise(kind), md.value(latent_dim), label, _verdicts_by_level(group), there])
     caption = "Error minus that of the plain AE with the same latent dimension, λ and seed, with 95% intervals over seeds."
@@ -354,7 +354,7 @@ def _corrupted(results: Results) -> pd.DataFrame:
 def _verdicts_by_level(group: pd.DataFrame) -> str:
     levels: dict[str, list[str]] = {}
     for _, row in group.sort_values("level").iterrows():
-        levels.setdefault(claims.verdict(_difference(row)), []).append(md.value(row["level"]))
+        levels.setdefault(intervals.comparison(_difference(row)), []).append(md.value(row["level"]))
     return "; ".join(f"{word.removesuffix(' from').removesuffix(' to')} at {', '.join(at)}" for word, at in levels.items())
 
 
@@ -365,7 +365,7 @@ def _pca_part(results: Results, noise: pd.DataFrame, pca: pd.DataFrame | None) -
     strongest = noise[noise.groupby("noise")["level"].transform("max") == noise["level"]]
     clean = _slice(results, results.metrics)[0].assign(noise="clean", level=0.0).rename(columns={"test/mse": "mse_clean"})
     by = ["noise", "level", "latent_dim", "arm", "beta"]
-    summary = claims.summarise(pd.concat([clean, strongest])[[*by, "seed", "mse_clean"]], by, ["mse_clean"])
+    summary = intervals.summarise(pd.concat([clean, strongest])[[*by, "seed", "mse_clean"]], by, ["mse_clean"])
     summary["label"] = [figures.arm_label(arm, beta) for arm, beta in zip(summary["arm"], summary["beta"], strict=True)]
     labels = list(dict.fromkeys(summary["label"]))[:5]
     reference = pca.assign(noise=pca["noise"].fillna("clean"), level=pca["level"].fillna(0.0))
@@ -378,7 +378,7 @@ def _pca_row(key: tuple, group: pd.DataFrame, labels: list[str], reference: pd.D
     kind, level, latent_dim = key
     of_label = {row["label"]: _mean(row, "mse_clean") for _, row in group.iterrows()}
     same = (reference["noise"] == kind) & (reference["level"] == level) & (reference["latent_dim"] == latent_dim)
-    error = claims.plain(reference[same]["mse_clean"].iloc[0]) if same.any() else "–"
+    error = intervals.plain(reference[same]["mse_clean"].iloc[0]) if same.any() else "–"
     where = "clean" if kind == "clean" else f"{_noise(kind)}, {md.value(level)}"
     return [where, md.value(latent_dim), error, *(of_label.get(label, "–") for label in labels)]
 
@@ -388,9 +388,9 @@ def _neighbour_sentence(pca: pd.DataFrame) -> str:
     if known.empty:
         return ""
     of_codes = ", ".join(
-        f"{claims.plain(row['knn_accuracy'])} ({md.latents(row['latent_dim'])})" for _, row in known.iterrows()
+        f"{intervals.plain(row['knn_accuracy'])} ({md.latents(row['latent_dim'])})" for _, row in known.iterrows()
     )
-    raw = claims.plain(known["raw_knn_accuracy"].iloc[0])
+    raw = intervals.plain(known["raw_knn_accuracy"].iloc[0])
     return f"k-NN accuracy, for comparison: PCA's codes {of_codes}; the raw inputs {raw}."
 
 
@@ -433,8 +433,8 @@ def _few_series(table: pd.DataFrame, fixed: list[str]) -> tuple[pd.DataFrame, li
 
 
 def _prune_figures(name: str, columns: pd.DataFrame, counts: pd.DataFrame, ablation: pd.DataFrame) -> str:
-    summary = claims.summarise(counts, ["arm", "beta", TRUTH], list(COUNTS))
-    curves = claims.summarise(ablation, ["arm", "beta", "latent_dim", TRUTH, "criterion", "zeroed"], ["mse"])
+    summary = intervals.summarise(counts, ["arm", "beta", TRUTH], list(COUNTS))
+    curves = intervals.summarise(ablation, ["arm", "beta", "latent_dim", TRUTH, "criterion", "zeroed"], ["mse"])
     used = "Dimensions counted as used against the true dimension of the data, with 95% intervals over seeds."
     scree = "Columns of the first decoder layer, and what each dimension carries, sorted within each cell; means over seeds."
     zeroed = "Squared error as dimensions are zeroed in each criterion's order, with 95% bands; ring: the true number is left."
@@ -447,7 +447,7 @@ def _prune_figures(name: str, columns: pd.DataFrame, counts: pd.DataFrame, ablat
 
 def _counts_table(counts: pd.DataFrame) -> str:
     measures = {**COUNTS, "cancelled": "cancelling columns"}
-    summary = claims.summarise(counts, ["arm", "beta", TRUTH], list(measures))
+    summary = intervals.summarise(counts, ["arm", "beta", TRUTH], list(measures))
     rows = [
         [figures.arm_label(row["arm"], row["beta"]), md.value(row[TRUTH]), *(_mean(row, measure) for measure in measures)]
         for _, row in summary.iterrows()
@@ -517,7 +517,7 @@ def _search_in_words(results: SearchResults, finished: int) -> str:
 def _front_table(front: pd.DataFrame) -> str:
     step = max(1, math.ceil(len(front) / 10))
     columns = {"beta": "β", "l2": "λ", "rate": "KL (nats)", "distortion": "reconstruction (nats)"}
-    rows = [[claims.plain(float(row[column])) for column in columns] for _, row in front.iloc[::step].iterrows()]
+    rows = [[intervals.plain(float(row[column])) for column in columns] for _, row in front.iloc[::step].iterrows()]
     every = "" if step == 1 else f" (one in {step} of its {len(front)} trials)"
     return md.join(f"The front, by rising rate{every}:", md.table(list(columns.values()), rows))
 
@@ -543,13 +543,13 @@ def _by_arm(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
         yield figures.arm_label(arm, beta), rows
 
 
-def _difference(row: pd.Series) -> claims.Interval:
-    return claims.Interval(row["difference"], row["low"], row["high"], int(row["seeds"]))
+def _difference(row: pd.Series) -> intervals.Interval:
+    return intervals.Interval(row["difference"], row["low"], row["high"], int(row["seeds"]))
 
 
 def _mean(row: pd.Series, metric: str) -> str:
-    return claims.with_half_width(
-        claims.Interval(row[metric], row[f"{metric} low"], row[f"{metric} high"], row.get("cells", 0))
+    return intervals.with_half_width(
+        intervals.Interval(row[metric], row[f"{metric} low"], row[f"{metric} high"], row.get("cells", 0))
     )
 
 

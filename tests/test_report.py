@@ -12,7 +12,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from pipeline import artifacts, claims, config, figures, grid
+from pipeline import artifacts, config, figures, grid, intervals
 from pipeline.stages import report
 
 UNIFORM = """
@@ -176,7 +176,7 @@ def _write_noise(folder: Path, study: config.Study, rows: list[dict], rng: np.ra
     artifacts.write_table(folder / "noise.csv", noise)
     artifacts.write_table(folder / "pca.csv", pd.DataFrame(pca))
     same = [*study.data.axes, "latent_dim", "l2", "sigma2", "learning_rate", "noise", "level"]
-    artifacts.write_table(folder / "paired.csv", claims.paired_table(noise, same, "mse_clean"))
+    artifacts.write_table(folder / "paired.csv", intervals.paired_table(noise, same, "mse_clean"))
 
 
 def _write_prune(folder: Path, study: config.Study, rows: list[dict], rng: np.random.Generator) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pipeline import claims, figures, metrics, tracking
+from pipeline import figures, intervals, metrics, tracking
 from pipeline.artifacts import (
     Folders,
     Prepared,
@@ -273,13 +273,13 @@ def _over_seeds(measured: pd.DataFrame, noise: pd.DataFrame, data_axes: list[str
     if measured.empty:
         return {"summary": pd.DataFrame(), "paired": pd.DataFrame()}
     names = [column for column in measured.columns if "/" in column]
-    summary = claims.summarise(measured, ["arm", *data_axes, *AXES], names)
+    summary = intervals.summarise(measured, ["arm", *data_axes, *AXES], names)
     clean = measured.rename(columns={"test/mse": "mse_clean"}).assign(noise="clean", level=0.0)
     columns = ["cell_id", "arm", *data_axes, *AXES, "seed", "noise", "level", "mse_clean"]
     both = pd.concat([table[columns] for table in (clean, noise) if not table.empty], ignore_index=True)
     both = both.merge(measured[["cell_id", "unconverged"]], on="cell_id")
     same = [*data_axes, *(axis for axis in AXES if axis != "beta"), "noise", "level"]
-    return {"summary": summary, "paired": claims.paired_table(both, same, "mse_clean")}
+    return {"summary": summary, "paired": intervals.paired_table(both, same, "mse_clean")}
 
 
 def _means(measured: pd.DataFrame) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline import artifacts, claims, config, figures, grid, sections
+from pipeline import artifacts, config, figures, grid, intervals, sections
 from pipeline import markdown as md
 from pipeline.sections import Results, SearchResults
 
@@ -196,7 +196,7 @@ def _curves(results: Results) -> pd.DataFrame:
     table = (
         results.history[["cell_id", "update", "validation_loss"]].merge(cells, on="cell_id").replace([np.inf, -np.inf], np.nan)
     )
-    summary = claims.summarise(table, ["arm", "beta", *results.axes, "update"], ["validation_loss"])
+    summary = intervals.summarise(table, ["arm", "beta", *results.axes, "update"], ["validation_loss"])
     summary["panel"] = [f"{results.name}, {md.latents(count)}" for count in summary["latent_dim"]]
     summary["setting"] = [md.values(row) for row in summary[results.axes].itertuples(index=False)]
     return summary

@@ -1,0 +1,82 @@
+"""What is measured of every cell, by name: the words for tables and plots, and which way is better. Knows no torch.
+
+A measure is a function of the same name in `evaluation.py` (groups `test` to `matched`), a column of the noise table (`noise`)
+or of the pruning analysis (`prune`); a test compares them with this list. Studies, the report and MLflow use these names.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+
+class Measure(NamedTuple):
+    """Words, and the direction in which a model is better, where there is one."""
+
+    label: str
+    better: Literal["lower", "higher"] | None = None
+
+
+RADIUS = "radius/"  # and the name of a class
+MEASURES = {
+    # One sample each of the test set
+    "test/reconstruction": Measure("reconstruction (nats)", "lower"),
+    "test/kl": Measure("KL (nats)"),
+    "test/kl_share": Measure("KL's share of the loss at β = 1"),
+    "test/elbo": Measure("ELBO (nats)", "higher"),
+    "test/bce_elbo": Measure("−(cross-entropy + KL) (nats)", "higher"),
+    "test/iw_bound": Measure("importance-weighted bound (nats)", "higher"),
+    "test/mse": Measure("squared error", "lower"),
+    "test/sharpness": Measure("sharpness of reconstructions, as a share of the input's", "higher"),
+    "test/near_0": Measure("share of reconstructed values below 0.05"),
+    "test/near_1": Measure("share of reconstructed values above 0.95"),
+    "test/active_units": Measure("active units"),
+    "test/mixed_units": Measure("mixed units"),
+    "test/passive_units": Measure("passive units"),
+    "test/posterior_variance": Measure("mean σ² of q(z|x)"),
+    "test/knn_accuracy": Measure("k-NN accuracy", "higher"),
+    # Compared with the training set, and with linear or raw codes
+    "gap/mse": Measure("squared error, test minus training set", "lower"),
+    "gap/pca_mse": Measure("squared error minus that of PCA", "lower"),
+    "gap/raw_knn_accuracy": Measure("k-NN accuracy minus that of raw inputs", "higher"),
+    # The codes of the test set
+    "latent/sliced_wasserstein": Measure("sliced Wasserstein distance of codes from the prior", "lower"),
+    "latent/non_normality": Measure("Henze–Zirkler statistic over its 5% critical value", "lower"),
+    "latent/utilisation": Measure("latent utilisation", "higher"),
+    "latent/on_axes": Measure("share of codes along the axes", "lower"),
+    "latent/trustworthiness": Measure("trustworthiness", "higher"),
+    "latent/silhouette": Measure("silhouette of the classes", "higher"),
+    "latent/dependence": Measure("total correlation of latents (nats)", "lower"),
+    # The decoder
+    "decoder/sensitivity": Measure("output change for a step of 0.1 in z", "lower"),
+    "decoder/folds": Measure("folds of the decoded line"),
+    "interpolation/roughness": Measure("largest over mean step of an interpolation", "lower"),
+    "interpolation/distance": Measure("distance of midpoints from the data", "lower"),
+    "samples/precision": Measure("precision of samples", "higher"),
+    "samples/recall": Measure("recall of samples", "higher"),
+    "samples/density": Measure("density of samples", "higher"),
+    "samples/coverage": Measure("coverage of samples", "higher"),
+    # Ankle boots
+    "boots/axis_alignment": Measure("how far one latent is the shaft's height and the other the heel's", "higher"),
+    # Under the noise that the cell was trained with
+    "matched/mse_clean": Measure("squared error from clean images, noise as in training", "lower"),
+    "matched/mse_noisy": Measure("squared error from noisy images, noise as in training", "lower"),
+    # Under noise at test time; these have axes `noise` and `level`
+    "noise/mse_clean": Measure("squared error from the clean input", "lower"),
+    "noise/mse_noisy": Measure("squared error from the corrupted input", "lower"),
+    "noise/left": Measure("error left, as a share of the corrupted input's", "lower"),
+    # Pruning
+    "prune/active_units": Measure("active units"),
+    "prune/elbow_column_sum": Measure("elbow of |column sum|"),
+    "prune/elbow_column_l1": Measure("elbow of L1 norm"),
+    "prune/elbow_column_l2": Measure("elbow of L2 norm"),
+    "prune/elbow_kl": Measure("elbow of KL"),
+    "prune/cancelled": Measure("cancelling columns"),
+}
+"""All measures; `radius/<class>`, the mean distance of a class' codes from their centre, comes on top for labelled data."""
+
+
+def find(name: str) -> Measure | None:
+    """The measure of this name, or None."""
+    if name.startswith(RADIUS) and name != RADIUS:
+        return Measure(f"distance of class {name.removeprefix(RADIUS)} from the centre")
+    return MEASURES.get(name)
