@@ -8,12 +8,16 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+
+from pipeline.measures import MEASURES
+from pipeline.measures import find as find_measure
 
 CONFIG_FOLDER = Path("configs")
 PARAMS_FILE = Path("params.yaml")
@@ -74,7 +78,7 @@ class Strict(BaseModel):
     @field_validator("*")
     @classmethod
     def _no_value_twice(cls, value: Any, info: Any) -> Any:
-        if info.field_name not in ("hidden", "noise") and isinstance(value, tuple) and len(set(value)) < len(value):
+        if info.field_name not in ("hidden", "noise", "claims") and isinstance(value, tuple) and len(set(value)) < len(value):
             raise ValueError("no value may stand twice")
         return value
 
@@ -165,7 +169,7 @@ class TrainNoise(Strict):
 
     kind: NoiseName
     target: Literal["clean", "noisy"] = Field("noisy", description="what the reconstruction is compared with in training")
-    clip: bool = Field(True, description="whether noisy images stay in [0, 1]; if not, a Bernoulli cell may see targets above 1")
+    clip: bool = Field(True, description="whether noisy images stay in [0, 1]; else a Bernoulli cell sees larger targets")
 
 
 class Train(Strict):
@@ -216,8 +220,120 @@ class Evaluate(Strict):
         return self
 
 
+Choice = Scalar | axis(Scalar)
+Direction = Literal["up", "down"]
+
+
+class Test(Strict):
+    """What every kind of test is about: a measure of some of a study's cells, averaged over all but what the test names."""
+
+    metric: str | axis(str) = Field(description="a name of `measures.py`; of several, their mean")
+    where: dict[str, Choice] = Field({}, description="values of axes, or `study`, that choose cells")
+
+    @property
+    def sides(self) -> list[dict[str, Choice]]:
+        """The choices of cells that the test compares, each with its `metric`."""
+        return [{"metric": self.metric, **self.where}]
+
+    @property
+    def varied(self) -> dict[str, int]:
+        """The axes that the test goes over, and how many values each must have."""
+        return {}
+
+
+class Compared(Test):
+    """A test of one side against another."""
+
+    against: dict[str, Choice] = Field(min_length=1, description="what the other side chooses instead; `metric` too")
+
+    @property
+    def sides(self) -> list[dict[str, Choice]]:
+        return [*super().sides, {**super().sides[0], **self.against}]
+
+
+class Monotone(Test):
+    """The measure rises (or falls) from each value of an axis to the next."""
+
+    kind: Literal["monotone"]
+    over: str
+    direction: Direction
+
+    @property
+    def varied(self) -> dict[str, int]:
+        return {self.over: 2}
+
+
+class Difference(Compared):
+    """The measure is higher (up) or lower (down) than on the other side, paired by seed."""
+
+    kind: Literal["difference"]
+    direction: Direction
+
+
+class Equal(Compared):
+    """The two sides differ by less than the margin."""
+
+    kind: Literal["equal"]
+    margin: Positive
+
+
+class NoBetter(Compared):
+    """The measure does not lie above (up) or below (down) the other side's by the margin or more."""
+
+    kind: Literal["no_better"]
+    direction: Direction = Field(description="which way is better")
+    margin: Positive
+
+
+class Bound(Test):
+    """The measure lies above and below given numbers."""
+
+    kind: Literal["bound"]
+    above: float | None = None
+    below: float | None = None
+
+    @model_validator(mode="after")
+    def _bounds_something(self) -> Bound:
+        if self.above is None and self.below is None:
+            raise ValueError("a bound needs `above`, `below` or both")
+        return self
+
+
+class InteriorOptimum(Test):
+    """Some inner value of an axis has a higher (up) or lower (down) measure than both ends."""
+
+    kind: Literal["interior_optimum"]
+    over: str
+    direction: Direction = Field(description="which way is better")
+
+    @property
+    def varied(self) -> dict[str, int]:
+        return {self.over: 3}
+
+
+class CountIs(Test):
+    """The measure, a count, is a number, or the value of an axis at each of its values."""
+
+    kind: Literal["count"]
+    number: Annotated[int, Field(ge=0)] | str
+
+    @property
+    def varied(self) -> dict[str, int]:
+        return {self.number: 2} if isinstance(self.number, str) else {}
+
+
+class Claim(Strict):
+    """A statement by a source, and the test that decides it."""
+
+    id: Name
+    source: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="file and section")
+    says: Annotated[str, Field(min_length=1, max_length=500)] = Field(description="the statement, in our words")
+    control: bool | None = Field(None, description="whether a claim that checks the ledger itself is known to hold")
+    test: Annotated[Monotone | Difference | Equal | NoBetter | Bound | InteriorOptimum | CountIs, Field(discriminator="kind")]
+
+
 class Study(Strict):
-    """One question, one file: data, network, grid, budget, evaluation."""
+    """One question, one file: data, network, grid, budget, evaluation, claims."""
 
     sections: ClassVar = ("data", "model", "grid", "train", "evaluate")
 
@@ -227,6 +343,7 @@ class Study(Strict):
     grid: Grid
     train: Train
     evaluate: Evaluate
+    claims: tuple[Claim, ...] = Field((), description="statements that the report decides")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Study:
@@ -235,9 +352,19 @@ class Study(Strict):
             raise ValueError("a Bernoulli likelihood has no σ², so the grid has no axis 'sigma2'")
         if (self.train.noise is None) == any(grid.train_noise):
             raise ValueError("train.noise says what kind of noise grid.train_noise has levels of: neither stands alone")
+        if len({claim.id for claim in self.claims}) < len(self.claims):
+            raise ValueError("no claim id may stand twice")
         if self.size > MAX_CELLS:
             raise ValueError(f"the grid has {self.size} cells, at most {MAX_CELLS} are allowed")
         return self
+
+    @property
+    def axes(self) -> dict[str, tuple[Scalar, ...]]:
+        """The values of every axis by the name of its column in tables; `beta` and `anneal` are those of all arms."""
+        arms = [arm for name, arm in self.grid.arms.items() if ARMS[name].penalty != "none"]
+        own = {axis: tuple(dict.fromkeys(v for arm in arms for v in getattr(arm, axis))) for axis in ArmAxes.model_fields}
+        shared = {axis: getattr(self.grid, axis) for axis in Grid.model_fields if axis != "arms"}
+        return {"arm": tuple(self.grid.arms), **own, **shared, **self.data.axes}
 
     @property
     def size(self) -> int:
@@ -292,11 +419,18 @@ class Search(Strict):
     train: Train
 
 
-class Settings(Strict):
-    """`params.yaml`: what runs, and where."""
+class Scale(Strict):
+    """What one `dvc repro` runs, and where its report goes."""
 
     studies: axis(Name)
     searches: dict[Name, Name] = Field({}, description="each search with the study whose prepared data it uses")
+    reports: Annotated[str, Field(min_length=1)] = Field("reports", description="folder of the report")
+
+
+class Settings(Scale):
+    """`params.yaml`: what runs, and where."""
+
+    scales: dict[Name, Scale] = Field({}, description="named choices of what runs; claims of those that do not are 'not run'")
     data_root: str | None = Field(None, description="folder with downloaded datasets; VAESWEEP_DATA_ROOT overrides it")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bf16"] = Field("float32", description="of the products of wide layers in training")
@@ -313,8 +447,62 @@ class Settings(Strict):
 
 
 def load_study(name: str, folder: Path = CONFIG_FOLDER) -> Study:
-    """Reads and checks `configs/<name>.yaml`. Raises ConfigError."""
-    return _load(Study, _config_path(name, folder))
+    """Reads and checks `configs/<name>.yaml`, its claims too. Raises ConfigError."""
+    path = _config_path(name, folder)
+    study = _load(Study, path)
+    for index, claim in enumerate(study.claims):
+        for side in claim.test.sides:
+            other = str(side.get("study", name))
+            about = study if other == name else _load(Study, _config_path(other, folder))
+            if rule := _misfit(claim.test, side, about):
+                raise ConfigError(f"{path}: claims.{index} ({claim.id}): {rule}")
+    return study
+
+
+def _misfit(test: Test, side: dict[str, Any], study: Study) -> str | None:
+    """Which rule a claim's choice of cells breaks; None if the study has such cells."""
+    metrics, chosen = choices(side["metric"]), {key: choices(v) for key, v in side.items() if key not in ("metric", "study")}
+    for metric in metrics:
+        if find_measure(metric) is None:
+            return f"there is no metric '{metric}'{nearest(metric, list(MEASURES))}"
+    axes = study.axes
+    if metrics[0].startswith("noise/"):
+        levels = {level: None for noise in study.evaluate.noise for level in noise.levels}
+        axes |= {"noise": tuple(noise.kind for noise in study.evaluate.noise), "level": tuple(levels)}
+    for axis, values in chosen.items():
+        if axis not in axes:
+            return f"there is no axis '{axis}'{nearest(axis, list(axes))}; there are: {', '.join(axes)}"
+        if unknown := [value for value in values if value not in axes[axis]]:
+            return f"axis '{axis}' has the values {list(axes[axis])}, but got {unknown[0]!r}"
+    for axis, least in test.varied.items():
+        if axis not in axes or len(known := chosen.get(axis, axes[axis])) < least:
+            found = f"only {list(known)}" if axis in axes else f"no such axis{nearest(axis, list(axes))}"
+            return f"axis '{axis}' must have at least {least} values for a test of kind '{test.kind}', but got {found}"
+    return None
+
+
+def choices(choice: Any) -> tuple:
+    """One value or several, as several."""
+    return choice if isinstance(choice, tuple) else (choice,)
+
+
+def chooses(side: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a side of a test is about a cell with these values. An axis that the cell lacks does not restrict it."""
+    axes = {axis: choice for axis, choice in side.items() if axis not in ("metric", "study") and not _lacks(row, axis)}
+    return all(_exact(row[axis]) in map(_exact, choices(choice)) for axis, choice in axes.items())
+
+
+def _lacks(row: Mapping[str, Any], axis: str) -> bool:
+    value = row.get(axis)
+    return value is None or value != value
+
+
+def _exact(value: Scalar) -> float | str:
+    """`1`, `1.0` and `"1"` are one value."""
+    try:
+        return float(value)
+    except ValueError:
+        return str(value)
 
 
 def load_search(name: str, folder: Path = CONFIG_FOLDER) -> Search:
