@@ -436,6 +436,11 @@ class Settings(Scale):
     precision: Literal["float32", "bf16"] = Field("float32", description="of the products of wide layers in training")
     stack_size: Count | None = Field(None, description="cells that train together; chosen automatically if null")
 
+    @property
+    def known_studies(self) -> list[str]:
+        """The studies that run, and those of the other scales."""
+        return list(dict.fromkeys([*self.studies, *(name for scale in self.scales.values() for name in scale.studies)]))
+
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Settings:
         if clash := set(self.studies) & set(self.searches):
@@ -457,6 +462,13 @@ def load_study(name: str, folder: Path = CONFIG_FOLDER) -> Study:
             if rule := _misfit(claim.test, side, about):
                 raise ConfigError(f"{path}: claims.{index} ({claim.id}): {rule}")
     return study
+
+
+def claims_about(name: str) -> list[tuple[str, dict[str, Choice]]]:
+    """Ids of the claims of known studies that are about cells of this one, with which cells those are. Raises ConfigError."""
+    every = [(study, claim) for study in load_settings().known_studies for claim in load_study(study).claims]
+    sides = [(claim.id, side, side.get("study", study)) for study, claim in every for side in claim.test.sides]
+    return [(claim_id, side) for claim_id, side, study in sides if study == name]
 
 
 def _misfit(test: Test, side: dict[str, Any], study: Study) -> str | None:

@@ -7,7 +7,7 @@ section.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,11 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline import artifacts, config, figures, grid, intervals
+from pipeline import artifacts, claims, config, figures, grid, intervals, ledger, measures
 from pipeline import markdown as md
 
-REPORTS = Path("reports")
 TRUTH = "manifold_dim"
-METRICS = {
-    "test/reconstruction": "reconstruction (nats)",
-    "test/mse": "squared error",
-    "test/kl": "KL (nats)",
-    "test/active_units": "active units",
-    "test/knn_accuracy": "k-NN accuracy",
-}
+METRICS = ("test/reconstruction", "test/mse", "test/kl", "test/active_units", "test/knn_accuracy")
 COUNTS = {
     "active_units": "active units",
     "elbow_column_sum": "elbow of |column sum|",
@@ -43,10 +36,25 @@ CANCELLING = (
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """Where the report's figures go, and the name that begins those of one study or search."""
+
+    folder: Path
+    name: str
+
+    def show(self, kind: str, picture: Figure, caption: str) -> str:
+        """Saves a figure, and gives the markdown that shows it."""
+        file = f"{self.name}-{kind}.png"
+        figures.save(picture, self.folder / "figures" / file)
+        return md.picture(f"figures/{file}", caption)
+
+
+@dataclass(frozen=True)
 class Results:
     """A study and every table that its stages wrote."""
 
     name: str
+    pictures: Pictures
     study: config.Study
     describe: dict[str, Any]
     about: dict[str, Any]
@@ -62,6 +70,16 @@ class Results:
     counts: pd.DataFrame
 
     @property
+    def measured(self) -> claims.Measured:
+        """What claims are decided from."""
+        converged = self.manifest[["cell_id", "unconverged"]]
+        counts = self.counts[["cell_id", *set(self.counts) - set(self.manifest)]].rename(
+            columns=lambda name: name if name == "cell_id" else f"prune/{name}"
+        )
+        cells = self.metrics.merge(counts, on="cell_id", how="left")
+        return claims.Measured(cells, self.noise.merge(converged, on="cell_id", how="left"))
+
+    @property
     def axes(self) -> list[str]:
         """Columns that, beside arm and β, tell settings apart."""
         return [*self.study.data.axes, *(axis for axis in grid.AXES if axis != "beta")]
@@ -72,19 +90,21 @@ class SearchResults:
     """A search and its tables."""
 
     name: str
+    pictures: Pictures
     search: config.Search
     about: dict[str, Any]
     trials: pd.DataFrame
 
 
-def load_study(name: str) -> Results:
-    """Reads a study's config and tables. Raises ArtifactError where one is missing."""
+def load_study(name: str, reports: Path) -> Results:
+    """Reads a study's config and tables; `reports` is the report's folder. Raises ArtifactError where one is missing."""
     folders = artifacts.Folders(name)
     paths = {key: folders.evaluate / f"{key}.csv" for key in ("metrics", "noise", "pca", "paired", "best")}
     paths |= {key: folders.prune / f"{key}.csv" for key in ("columns", "ablation")} | {"counts": folders.prune / "summary.csv"}
     paths |= {key: folders.train / f"{key}.csv" for key in ("manifest", "history")}
     return Results(
         name=name,
+        pictures=Pictures(reports, name),
         study=config.load_study(name),
         describe=artifacts.read_json(folders.prepared / "describe.json"),
         about=artifacts.read_json(folders.train / "about.json"),
@@ -103,26 +123,25 @@ def _without_false_kl(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{column: table[column].astype(float).mask(deterministic) for column in of_kl})
 
 
-def load_search(name: str) -> SearchResults:
+def load_search(name: str, reports: Path) -> SearchResults:
     """Reads a search's config and tables. Raises ArtifactError where one is missing."""
     folder = artifacts.Folders(name).search
     about = artifacts.read_json(folder / "about.json")
-    return SearchResults(name, config.load_search(name), about, artifacts.read_table(folder / "trials.csv"))
+    return SearchResults(
+        name, Pictures(reports, name), config.load_search(name), about, artifacts.read_table(folder / "trials.csv")
+    )
 
 
-def figure(name: str, picture: Figure, caption: str) -> str:
-    """Saves a figure of the report and shows it."""
-    figures.save(picture, REPORTS / "figures" / f"{name}.png")
-    return md.picture(f"figures/{name}.png", caption)
-
-
-def study_section(results: Results, searches: Sequence[SearchResults]) -> str:
-    """All that is known about one study."""
+def study_section(
+    results: Results, searches: Sequence[SearchResults], entries: Sequence[claims.Entry], studies: Mapping[str, config.Study]
+) -> str:
+    """All that is known about one study; `entries` are its lines of the ledger, `studies` all that claims speak of."""
     front = next((search for search in searches if search.search.study == results.name), None)
     return md.join(
         f"## {results.name}",
         f"**{md.escape(results.study.title)}**",
         _grid_in_words(results),
+        ledger.study_section(entries, studies, _claims_figure(results, entries)),
         _metrics_section(results),
         _rate_section(results, front),
         _plane_section(results),
@@ -135,6 +154,14 @@ def headlines(results: Results) -> list[str]:
     """For each kind of analysis one sentence: how often which verdict was reached, over all settings."""
     found = [_clean_headline(results), _noise_headline(results), *_count_headlines(results)]
     return [f"`{results.name}`: {sentence}" for sentence in found if sentence]
+
+
+def _claims_figure(results: Results, entries: Sequence[claims.Entry]) -> str:
+    panels = ledger.panels(entries)
+    if not panels:
+        return ""
+    caption = "What decides each claim: thin lines are seeds, points their means with 95% intervals; dashed: the claimed bound."
+    return results.pictures.show("claims", figures.claim_panels(panels), caption)
 
 
 # The grid and its metrics
@@ -192,7 +219,7 @@ def _metrics_table(results: Results, summary: pd.DataFrame, axes: list[str], met
         label += f" †{row['unconverged']}" if row["unconverged"] else ""
         label += f" ({row['cells']} seeds)" if row["cells"] < len(results.study.grid.seed) else ""
         rows.append([label, *(md.value(row[axis]) for axis in axes), *(_mean(row, metric) for metric in metrics)])
-    return md.table(["arm", *map(md.words, axes), *(METRICS[metric] for metric in metrics)], rows)
+    return md.table(["arm", *map(md.words, axes), *(measures.MEASURES[metric].label for metric in metrics)], rows)
 
 
 def _metrics_notes(summary: pd.DataFrame) -> str:
@@ -238,7 +265,7 @@ def _rate_figure(results: Results, summary: pd.DataFrame, front: SearchResults |
     if summary["l2"].nunique() > 2:
         picture = figures.heat_map(summary, {"test/mse": "Squared error", "test/kl": "KL (nats)"})
         caption = "Squared error per dimension and KL over β and λ, means over seeds; the column AE is the plain AE."
-        return figure(f"{results.name}-beta-lambda", picture, caption)
+        return results.pictures.show("beta-lambda", picture, caption)
     trials = None
     caption = "KL against reconstruction on the test set, with 95% intervals over seeds; the level line is the plain AE."
     if front is not None and front.search.latent_dim in set(summary["latent_dim"]):
@@ -246,7 +273,7 @@ def _rate_figure(results: Results, summary: pd.DataFrame, front: SearchResults |
         caption += (
             f" Grey: the trials of `{front.name}` (validation set, one seed, {md.count(front.search.train.updates)} updates)."
         )
-    return figure(f"{results.name}-rate-distortion", figures.rate_distortion(summary, trials), caption)
+    return results.pictures.show("rate-distortion", figures.rate_distortion(summary, trials), caption)
 
 
 def _weight_findings(table: pd.DataFrame, weight: str) -> list[str]:
@@ -304,7 +331,7 @@ def _plane_section(results: Results) -> str:
     setting = "".join(f", {md.words(axis)} = {md.value(row[axis])}" for axis in ("beta", "l2") if axis in row)
     best_one = f"the VAE with {md.latents(row['latent_dim'])}{setting}, which is best on validation"
     caption = f"Test points, their codes and reconstructions, coloured by the input's quadrant: {best_one}."
-    return md.join("### Input, code and reconstruction", figure(f"{results.name}-plane", picture, caption))
+    return md.join("### Input, code and reconstruction", results.pictures.show("plane", picture, caption))
 
 
 # Robustness
@@ -323,7 +350,7 @@ def _noise_section(results: Results) -> str:
     return md.join(
         "### Robustness against the plain AE",
         _note(fixed),
-        figure(f"{results.name}-robustness", picture, caption),
+        results.pictures.show("robustness", picture, caption),
         _paired_part(results),
         _pca_part(results, noise, pca),
     )
@@ -342,7 +369,7 @@ def _paired_part(results: Results) -> str:
         label = figures.arm_label(arm, beta) + (f" †{strongest['unconverged']}" if strongest["unconverged"] else "")
         rows.append([_noise(kind), md.value(latent_dim), label, _verdicts_by_level(group), there])
     caption = "Error minus that of the plain AE with the same latent dimension, λ and seed, with 95% intervals over seeds."
-    picture = figure(f"{results.name}-paired", figures.paired_differences(paired), caption)
+    picture = results.pictures.show("paired", figures.paired_differences(paired), caption)
     header = ["noise", "latents", "arm", "against the plain AE, by noise level", "difference at the strongest level"]
     return md.join(picture, md.table(header, rows))
 
@@ -419,7 +446,7 @@ def _prune_section(results: Results) -> str:
         heading,
         _note(tables[0][1]),
         md.bullets([*_ablation_findings(ablation), *cancelled]),
-        _prune_figures(results.name, columns, counts, ablation),
+        _prune_figures(results.pictures, columns, counts, ablation),
         _counts_table(counts),
     )
 
@@ -432,16 +459,16 @@ def _few_series(table: pd.DataFrame, fixed: list[str]) -> tuple[pd.DataFrame, li
     return table[distance == distance.groupby(table["arm"]).transform("min")], [*fixed, "the β nearest to 1 of each arm"]
 
 
-def _prune_figures(name: str, columns: pd.DataFrame, counts: pd.DataFrame, ablation: pd.DataFrame) -> str:
+def _prune_figures(pictures: Pictures, columns: pd.DataFrame, counts: pd.DataFrame, ablation: pd.DataFrame) -> str:
     summary = intervals.summarise(counts, ["arm", "beta", TRUTH], list(COUNTS))
     curves = intervals.summarise(ablation, ["arm", "beta", "latent_dim", TRUTH, "criterion", "zeroed"], ["mse"])
     used = "Dimensions counted as used against the true dimension of the data, with 95% intervals over seeds."
     scree = "Columns of the first decoder layer, and what each dimension carries, sorted within each cell; means over seeds."
     zeroed = "Squared error as dimensions are zeroed in each criterion's order, with 95% bands; ring: the true number is left."
     return md.join(
-        figure(f"{name}-dimensions", figures.used_dimensions(summary, TRUTH, COUNTS), used),
-        figure(f"{name}-scree", figures.scree(columns, TRUTH), scree),
-        figure(f"{name}-ablation", figures.ablation(curves, TRUTH), zeroed),
+        pictures.show("dimensions", figures.used_dimensions(summary, TRUTH, COUNTS), used),
+        pictures.show("scree", figures.scree(columns, TRUTH), scree),
+        pictures.show("ablation", figures.ablation(curves, TRUTH), zeroed),
     )
 
 
@@ -501,7 +528,7 @@ def search_section(results: SearchResults) -> str:
         return md.join(heading, "No trial finished, so there is no front.")
     front = finished[finished["on_front"].astype(bool)].sort_values("rate")
     caption = "Validation KL against validation reconstruction of every finished trial, coloured by β, and the Pareto front."
-    return md.join(heading, figure(f"{results.name}-front", figures.search_front(finished), caption), _front_table(front))
+    return md.join(heading, results.pictures.show("front", figures.search_front(finished), caption), _front_table(front))
 
 
 def _search_in_words(results: SearchResults, finished: int) -> str:

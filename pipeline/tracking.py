@@ -40,11 +40,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts import ArtifactError, Folders, main_checkout, read_json, read_table, read_tensors, sha256
-from pipeline.config import CONFIG_FOLDER, Grid, Scalar, VaesweepError, load_study
+from pipeline.config import CONFIG_FOLDER, Scalar, VaesweepError, chooses, claims_about, load_study
 from pipeline.model import Autoencoder
 
 KEY = "run_key"
 PARENT = "parent"
+CLAIMS = "claims"  # ids with a blank on either side, so that `tags.claims LIKE '% id %'` finds one and no longer one
 WRITING = "RUNNING"
 
 SECONDS_TO_ANSWER = 5.0
@@ -698,9 +699,12 @@ def study_records(
     parent = _parent(name, "study", trained.about, Folders(name).evaluate / "summary.csv")
     curves = _curves(trained.history)
     metrics = _metrics(name, trained.manifest)
+    claims = claims_about(name)
     records = []
     for row in trained.manifest.to_dict("records"):
         record = _cell_record(name, row, curves.get(row["cell_id"]), metrics.get(row["cell_id"], {}))
+        named = dict.fromkeys(claim for claim, side in claims if chooses(side, row))
+        record = replace(record, tags={**record.tags, CLAIMS: "".join(f" {claim} " for claim in named)} if named else record.tags)
         records.append(_with_pictures(name, record, reconstruction))
     return parent, records
 
@@ -776,13 +780,13 @@ def _params(row: dict[str, Any]) -> dict[str, Scalar]:
     return params
 
 
-DEFAULTS = {axis: Grid.model_fields[axis].default[0] for axis in ("sigma2", "learning_rate")}
+USUAL = {"sigma2": 1.0, "learning_rate": 1e-3, "anneal": 0.0, "train_noise": 0.0}
 
 
 def _name(params: dict[str, Scalar]) -> str:
-    """Arm and axes in short; σ² and the learning rate only where they are not the defaults."""
+    """Arm and axes in short; those that few studies vary only where they are not as usual."""
     labels = {"latent_dim": "z", "beta": "β=", "l2": "λ=", "sigma2": "σ²=", "learning_rate": "lr=", "seed": "seed "}
-    silent = {"arm", "log10_beta", "updates"} | {key for key, usual in DEFAULTS.items() if params.get(key) == usual}
+    silent = {"arm", "log10_beta", "updates"} | {key for key, usual in USUAL.items() if params.get(key) == usual}
     words = [f"{labels.get(key, key + '=')}{_text(value)}" for key, value in params.items() if key not in silent]
     return " ".join([str(params["arm"]), *words])
 

@@ -7,12 +7,13 @@ import platform
 import shutil
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from pipeline import artifacts, config, figures, grid, intervals, sections
+from pipeline import artifacts, claims, config, figures, grid, intervals, ledger, sections
 from pipeline import markdown as md
 from pipeline.sections import Results, SearchResults
 
@@ -33,9 +34,9 @@ MOST_PROBLEMS = 40
 HOW_TO_READ = (
     "**How to read the numbers.** The unit is the seed: `mean ± half-width` and `mean [low, high]` are 95% t intervals over "
     "seeds, rounded to the digits that the interval supports. Arms share initial weights, batches and noise seed by seed, so "
-    "differences are paired. Verdicts (*beats*, *raises*, *does not differ*) are computed: they say on which side of zero the "
-    "interval of the paired difference lies. Nothing corrects for the number of comparisons: of those where nothing differs, "
-    "about one in twenty will seem to."
+    "differences are paired. Outside the ledger, words such as *beats*, *raises* or *does not differ* are computed too: they "
+    "say on which side of zero the interval of the paired difference lies. There nothing corrects for the number of "
+    "comparisons: of those where nothing differs, about one in twenty will seem to."
 )
 WHAT_COUNTS = (
     "A cell is one trained model; parameters are those of a study's largest cell. *Diverged* cells went non-finite and are in "
@@ -49,26 +50,46 @@ WHAT_COUNTS = (
 def run() -> None:
     """Writes the report of all studies and searches in `params.yaml`. Raises ArtifactError where a table is missing."""
     settings = config.load_settings()
-    studies = [sections.load_study(name) for name in settings.studies]
-    searches = [sections.load_search(name) for name in settings.searches]
-    shutil.rmtree(sections.REPORTS / "figures", ignore_errors=True)  # or a removed study's pictures would stay
+    folder = Path(settings.reports)
+    studies = [sections.load_study(name, folder) for name in settings.studies]
+    searches = [sections.load_search(name, folder) for name in settings.searches]
+    shutil.rmtree(folder / "figures", ignore_errors=True)  # or a removed study's pictures would stay
+    known = {name: config.load_study(name) for name in settings.known_studies}
+    entries = claims.ledger(known, {results.name: results.measured for results in studies})
+    pictures = sections.Pictures(folder, "all")
     parts = [
-        _head(studies, searches),
-        *(sections.study_section(results, searches) for results in studies),
+        _head(studies, searches, ledger.section(entries, _ledger_figure(entries, pictures)) if entries else ""),
+        *(sections.study_section(results, searches, _of(entries, results.name), known) for results in studies),
         *(sections.search_section(results) for results in searches),
-        *(_problems(studies), _training(studies), _tracking(studies[0].name), _versions(studies)),
+        ledger.identities_section(),
+        *(_problems(studies), _training(studies, pictures), _tracking(studies[0].name), _versions(studies)),
     ]
-    artifacts.write_bytes(sections.REPORTS / "report.md", (md.join(*parts) + "\n").encode())
+    artifacts.write_bytes(folder / "report.md", (md.join(*parts) + "\n").encode())
+
+
+def _of(entries: Sequence[claims.Entry], study: str) -> list[claims.Entry]:
+    return [entry for entry in entries if entry.study == study and entry.verdict != claims.NOT_RUN]
+
+
+def _ledger_figure(entries: Sequence[claims.Entry], pictures: sections.Pictures) -> str:
+    decided = [entry for entry in entries if not math.isnan(entry.effect.low)]
+    if not decided:
+        return ""
+    columns = ["id", "source", "verdict", "effect", "low", "high"]
+    rows = [[e.claim.id, e.claim.source.split(",")[0], e.verdict, *e.effect[:3]] for e in decided]
+    caption = "All effects with their 95% intervals, each scaled by its own largest bound; blue supported, red contradicted."
+    return pictures.show("ledger", figures.ledger(pd.DataFrame(rows, columns=columns)), caption)
 
 
 # What was run
 
 
-def _head(studies: Sequence[Results], searches: Sequence[SearchResults]) -> str:
+def _head(studies: Sequence[Results], searches: Sequence[SearchResults], ledger_of_claims: str) -> str:
     header = ["study", "dataset", "cells", "seeds", "updates", "parameters", "diverged", "unconverged", "missing"]
     short = [sentence for results in studies for sentence in sections.headlines(results)]
     return md.join(
         "# vaesweep: what the sweeps show",
+        ledger_of_claims,
         "## What was run",
         md.table(header, [_run_row(results) for results in studies]),
         *(_search_line(results) for results in searches),
@@ -167,14 +188,14 @@ def _flags(manifest: pd.DataFrame) -> pd.Series:
 # Training, tracking, versions
 
 
-def _training(studies: Sequence[Results]) -> str:
+def _training(studies: Sequence[Results], pictures: sections.Pictures) -> str:
     header = ["study", "weights evaluated", "taken from updates", "device", "torch", "precision", "engine version"]
     curves = [_curves(results) for results in studies if len(results.history) and len(results.manifest)]
     caption = (
         "Validation loss: each line is a setting's mean over seeds, with its 95% band; the first twentieth of training may lie "
         "above the frame. The loss holds β times the penalty, so only lines of one β compare."
     )
-    shown = sections.figure("training", figures.training_curves(pd.concat(curves), ["setting"]), caption) if curves else ""
+    shown = pictures.show("training", figures.training_curves(pd.concat(curves), ["setting"]), caption) if curves else ""
     return md.join("## Training", md.table(header, [_training_row(results) for results in studies]), shown)
 
 

@@ -1,0 +1,170 @@
+"""The ledger in the report: every claim with its verdict, what was compared to reach it, and where its runs are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pipeline import claims, config, figures, identities, intervals, measures
+from pipeline import markdown as md
+from pipeline.claims import Entry
+
+SOURCES = {
+    "000": "A. V. Gupta and B. Shankar, *Variational Autoencoders Artificial Neural Network Architecture*",
+    "001": "S. Vilhes, *Variational Auto-Encoders* (2023)",
+    "002": "A. Saleh, *On Variational Autoencoders: Generative Models for Dimension Reduction* (2019)",
+    "003": "K. Mammadov, *Autoencoder and Variational Autoencoders* (lecture, 2024)",
+    "004": "C. Idler, *AIML 425, Assignment 2, Problem 2* (2022)",
+}
+OWN = "Claims of no source"
+CONTROLS = "Controls"
+HOW_IT_IS_DECIDED = (
+    "A claim stands in its study's file before anything is trained. The unit is the seed: everything else is averaged first, "
+    "and two sides are paired by seed. p is two-sided, from Student's t over seeds; a claim of several parts has the p of its "
+    "weakest part (an intersection-union test), which may be larger than its interval suggests. *Holm* is p corrected over all "
+    "claims that ran: below 0.05 a claim is **supported** or **contradicted**, else *undecided*, and so is one with fewer than "
+    f"{claims.FEWEST_SEEDS} seeds or with a cell that has not converged. The effect is the difference of the two sides, the "
+    "last level of an axis minus the first, or the measure itself where it is held against a number. The last column is a "
+    "filter for MLflow's search box that shows the claim's runs."
+)
+TINY = 1e-16
+
+
+def section(entries: Sequence[Entry], picture: str) -> str:
+    """The ledger: a sentence, one table a source, and `picture`, the plot of all intervals."""
+    known = [entry for entry in entries if entry.claim.control is None]
+    tables = [
+        part
+        for heading, of_source in itertools.groupby(sorted(known, key=_source), key=_source)
+        for part in (f"### {heading}", _table(list(of_source)))
+    ]
+    return md.join("## The ledger", _tally(known), HOW_IT_IS_DECIDED, *tables, _controls(entries), picture)
+
+
+def _source(entry: Entry) -> str:
+    number = entry.claim.source.split(",")[0]
+    return f"{number}: {SOURCES[number]}" if number in SOURCES else OWN
+
+
+def _tally(entries: Sequence[Entry]) -> str:
+    counts = {verdict: sum(entry.verdict == verdict for entry in entries) for verdict in figures.VERDICT_COLOURS}
+    return f"Of {len(entries)} claims " + ", ".join(f"{count} are {verdict}" for verdict, count in counts.items()) + "."
+
+
+def _table(entries: Sequence[Entry]) -> str:
+    header = ["claim", "it says", "verdict", "effect", "seeds", "p", "Holm", "runs"]
+    return md.table(header, [_row(entry) for entry in entries])
+
+
+def _row(entry: Entry) -> list[str]:
+    name = f"[{entry.claim.id}](#{anchor(entry.study)})"
+    says, verdict = md.escape(entry.claim.says), _verdict(entry)
+    if entry.verdict == claims.NOT_RUN:
+        return [entry.claim.id, says, verdict, "–", "–", "–", "–", f"study `{entry.study}`"]
+    effect, p_values = intervals.with_bounds(entry.effect), [_p(entry.p), _p(entry.corrected)]
+    return [name, says, verdict, effect, str(entry.effect.seeds), *p_values, f"`{run_filter(entry.claim)}`"]
+
+
+def _verdict(entry: Entry) -> str:
+    if entry.verdict in ("supported", "contradicted"):
+        return f"**{entry.verdict}**"
+    return f"*{entry.verdict}*" + (f": {entry.note}" if entry.note else "")
+
+
+def _p(value: float) -> str:
+    return "< 10⁻¹⁶" if value < TINY else intervals.plain(value, 2)
+
+
+def run_filter(claim: config.Claim) -> str:
+    """What shows a claim's runs in MLflow's search box; tags know no list of values, so the claims are a tag of each run."""
+    return f"tags.claims LIKE '% {claim.id} %'"
+
+
+def _controls(entries: Sequence[Entry]) -> str:
+    """The claims that are known to hold or to fail: they check the ledger."""
+    controls = [entry for entry in entries if entry.claim.control is not None]
+    if not controls:
+        return ""
+    wanted = {True: "supported", False: "contradicted"}
+    wrong = [entry.claim.id for entry in controls if entry.verdict not in (wanted[entry.claim.control], claims.NOT_RUN)]
+    found = f"**Not as they must: {', '.join(wrong)}.**" if wrong else "They come out as they must."
+    return md.join(f"### {CONTROLS}", f"Claims whose truth is known check the ledger itself. {found}", _table(controls))
+
+
+def identities_section() -> str:
+    """What the sources derive: checked where it is exact, without training."""
+    rows = []
+    for identity in identities.IDENTITIES.values():
+        outcome = identity.check()
+        found = "**holds**" if outcome.holds else "**fails**"
+        numbers = [intervals.plain(value, 1) for value in outcome[:2]]
+        rows.append([identity.id, md.escape(identity.source), identity.says, found, *numbers])
+    intro = "These need no sweep: they are computed whenever the report is written, and the tests assert them."
+    errata = md.bullets(f"{source}: {sentence}" for _, source, sentence in identities.ERRATA)
+    header = ["identity", "source", "it says", "found", "deviation", "tolerance"]
+    return md.join("## Identities and errata", intro, md.table(header, rows), "Errata of the sources:", errata)
+
+
+# One study's claims
+
+
+def anchor(study: str) -> str:
+    """Where the figure of a study's claims is."""
+    return f"claims-of-{study.lower()}"
+
+
+def study_section(entries: Sequence[Entry], studies: Mapping[str, config.Study], picture: str) -> str:
+    """The figure of a study's claims, and what each compared."""
+    if not entries:
+        return ""
+    sentences = [f"**{entry.claim.id}** ({md.escape(entry.claim.source)}): {_estimand(entry, studies)}" for entry in entries]
+    heading = f"### Claims of {entries[0].study}"
+    return md.join(heading, picture, md.folded("What each claim compares", md.bullets(sentences)))
+
+
+def _estimand(entry: Entry, studies: Mapping[str, config.Study]) -> str:
+    test = entry.claim.test
+    sides = [_side(side) for side in test.sides]
+    compared = " against ".join(sides) + "".join(f", over {md.words(axis)}" for axis in test.varied)
+    averaged = _averaged(entry, studies[str(test.sides[0].get("study", entry.study))])
+    rule = ", ".join(f"{key} {md.value(value)}" for key, value in _rule(test))
+    return f"`{test.kind}` ({rule}): {compared}{averaged}."
+
+
+def _side(side: Mapping[str, Any]) -> str:
+    metrics = ", ".join(f"`{metric}`" for metric in config.choices(side["metric"]))
+    chosen = [f"{md.words(key)} {md.values(config.choices(value))}" for key, value in side.items() if key != "metric"]
+    return metrics + (f" of {', '.join(chosen)}" if chosen else "")
+
+
+def _averaged(entry: Entry, study: config.Study) -> str:
+    """The axes that no side fixes and the test does not go over."""
+    test, axes = entry.claim.test, study.axes
+    fixed = set().union(*test.sides, test.varied, ("seed",))
+    of_arms = {*config.choices(test.sides[0].get("arm", axes["arm"]))}
+    penalised = any(config.ARMS[arm].penalty != "none" for arm in of_arms)
+    left = [
+        axis for axis in axes if axis not in fixed and len(axes[axis]) > 1 and (penalised or axis not in ("beta", "anneal"))
+    ]
+    return f"; averaged over {', '.join(f'{md.words(axis)} {md.values(axes[axis])}' for axis in left)}" if left else ""
+
+
+def _rule(test: config.Test) -> Iterable[tuple[str, Any]]:
+    named = ((key, getattr(test, key, None)) for key in ("direction", "margin", "above", "below", "number"))
+    return [(key, value) for key, value in named if value is not None]
+
+
+def panels(entries: Sequence[Entry]) -> list[figures.ClaimPanel]:
+    """What the figure of some claims shows: every seed on every side or level."""
+    return [_panel(entry) for entry in entries if entry.sides and not math.isnan(entry.effect.mean)]
+
+
+def _panel(entry: Entry) -> figures.ClaimPanel:
+    test = entry.claim.test
+    limits = [limit for limit in (getattr(test, "above", None), getattr(test, "below", None)) if limit is not None]
+    metric = config.choices(test.metric)[0]
+    measure = measures.find(metric)
+    axis = "".join(md.words(axis) for axis in test.varied)
+    return figures.ClaimPanel(entry.claim.id, entry.verdict, measure.label if measure else metric, axis, entry.sides, limits)
