@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from pipeline.config import ConfigError, Data, Study, VaesweepError
-from pipeline.datasets import SPLITS, Dataset
+from pipeline.datasets import SPLITS, Binarise, Dataset
 from pipeline.grid import Cell, Runtime, balanced, cells, data_points, identify
 from pipeline.model import StackedAutoencoder
 
@@ -233,7 +233,7 @@ class Prepared:
     """A study's datasets as `prepare` left them; every list has one item a dataset, in the order of `grid.data_points`.
 
     `x` is float32, images scaled to [0, 1]. `labels` index `class_names`; both are None where the data has none. `hashes` are
-    the SHA-256 of the files, and `description` is all of `describe.json`.
+    the SHA-256 of the files, `binarise` is that of `datasets.Dataset`, and `description` is all of `describe.json`.
     """
 
     x: dict[str, list[torch.Tensor]]
@@ -243,6 +243,7 @@ class Prepared:
     features: int
     image_shape: tuple[int, int] | None
     unit_range: bool
+    binarise: Binarise
     class_names: tuple[str, ...] | None
     description: dict[str, Any]
 
@@ -252,7 +253,7 @@ class Prepared:
 
 
 def save_prepared(folder: Path, data: Data, datasets: Sequence[Dataset]) -> None:
-    """Writes one file a dataset, and their description last. Raises ConfigError if they differ in their number of features."""
+    """Writes one file a dataset, and their description last. Raises ConfigError if they do not fit one study."""
     widths = sorted({x.shape[1] for dataset in datasets for x in dataset.x.values()})
     if len(widths) > 1:
         raise ConfigError(f"data.axes: all datasets of a study must have the same number of features, but got {widths}")
@@ -260,6 +261,8 @@ def save_prepared(folder: Path, data: Data, datasets: Sequence[Dataset]) -> None
         rows = sorted({len(dataset.x[split]) for dataset in datasets})
         if len(rows) > 1:
             raise ConfigError(f"data.axes: all datasets of a study must have the same number of {split} rows, but got {rows}")
+    if len(kinds := sorted({dataset.binarise for dataset in datasets})) > 1:
+        raise ConfigError(f"data.axes: all datasets of a study must be binarised in the same way, but got {kinds}")
     for stale in folder.glob("*.safetensors"):
         stale.unlink()
     described = [
@@ -268,6 +271,7 @@ def save_prepared(folder: Path, data: Data, datasets: Sequence[Dataset]) -> None
     ]
     first = datasets[0]
     shared = {"image_shape": first.image_shape, "unit_range": first.unit_range, "labels": first.class_names}
+    shared["binarise"] = first.binarise
     content = {"name": data.name, "options": data.options, "features": widths[0], **shared, "datasets": described}
     write_json(folder / "describe.json", content)
 
@@ -300,6 +304,7 @@ def load_prepared(folder: Path, data: Data | None = None) -> Prepared:
         features=description["features"],
         image_shape=(shape[0], shape[1]) if shape else None,
         unit_range=description["unit_range"],
+        binarise=description["binarise"],
         class_names=tuple(description["labels"]) if labelled else None,
         description=description,
     )

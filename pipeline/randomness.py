@@ -25,6 +25,8 @@ class Stream(IntEnum):
     EPSILON = 3
     EVALUATION = 4
     CORRUPTION = 5
+    DROPOUT = 6
+    BINARISE = 7
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -77,11 +79,11 @@ def normals(
 
 
 def uniforms(
-    seeds: Int[Tensor, " seed"], stream: Stream, rows: int, columns: int, purpose: int
+    seeds: Int[Tensor, " seed"], stream: Stream, rows: int, columns: int, purpose: int, first_row: int = 0
 ) -> Float[Tensor, "seed row column"]:
     """Uniform numbers on (0, 1) for each (seed, row, column), float64; `purpose` tells several such tables apart."""
     device = seeds.device
-    row = torch.arange(rows, device=device).view(-1, 1)
+    row = torch.arange(first_row, first_row + rows, device=device).view(-1, 1)
     quad = torch.arange(-(-columns // 4), device=device).view(1, -1)
     words = torch.stack(_words(seeds, stream, row, quad, purpose), dim=-1)
     return _unit(words.flatten(2)[..., :columns])

@@ -91,6 +91,7 @@ def mirrors(monkeypatch) -> typing.Callable[[str], None]:
         ({"name": "digits5k", "classes": []}, r"data\.classes: .* at least 1 item"),
         ({"name": "digits5k", "seed": True}, r"data\.seed: .* valid integer, but got True"),
         ({"name": "mnist", "validation": 0}, r"data\.validation: .* greater than 0, but got 0"),
+        ({"name": "digits5k", "binarise": "static"}, r"data\.binarise: .* 'none', 'fixed' or 'dynamic', but got 'static'"),
         ({"name": "mnist", "limit": 1.5}, r"data\.limit: .* valid integer, but got 1\.5"),
         ({"name": "uniform2d", "train": "9"}, r"data\.train: .* valid integer, but got '9'"),
         ({"name": "manifold", "noise_std": -1}, r"data\.noise_std: .* greater than or equal to 0, but got -1"),
@@ -234,6 +235,23 @@ def test_a_limit_keeps_the_first_training_rows_and_the_other_splits():
     assert some.labels["train"].bincount().min() > 10
 
 
+def test_binarised_pixels_are_black_or_white_as_their_grey_says():
+    grey, fixed, dynamic = (build("digits5k", binarise=how) for how in ("none", "fixed", "dynamic"))
+    assert torch.equal(dynamic.x["train"], grey.x["train"]) and dynamic.binarise == "dynamic"
+    for split in datasets.SPLITS:
+        assert fixed.x[split].unique().tolist() == [0, 255]
+        assert torch.equal(fixed.x[split] * (grey.x[split] == 255), grey.x[split] * (grey.x[split] == 255))
+        middle = (grey.x[split] > 100) & (grey.x[split] < 155)
+        shares = [pixels.x[split][middle].float().mean().item() for pixels in (fixed, grey)]
+        assert shares[0] == pytest.approx(shares[1], rel=0.1)
+    assert all(torch.equal(dynamic.x[split], fixed.x[split]) for split in ("validation", "test"))
+
+
+def test_binarised_digits_depend_on_the_seed_and_not_on_the_limit():
+    full, few, other = (build("digits5k", binarise="fixed", **own) for own in ({}, {"limit": 100}, {"seed": 1}))
+    assert torch.equal(few.x["train"], full.x["train"][:100]) and not torch.equal(other.x["test"], full.x["test"])
+
+
 def test_downloaded_files_are_read_where_they_lie_and_split(raw):
     before = sorted(raw.rglob("*"))
     digits = build("mnist", raw, validation=40)
@@ -241,6 +259,11 @@ def test_downloaded_files_are_read_where_they_lie_and_split(raw):
     images = (raw / "MNIST/raw/t10k-images-idx3-ubyte").read_bytes()[16:]
     assert b"".join(rows(digits.x["test"])) == images
     assert sorted(raw.rglob("*")) == before
+
+
+def test_downloaded_images_can_be_binarised(raw):
+    for name in ("mnist", "fashion_mnist", "fashion_boots"):
+        assert build(name, raw, binarise="fixed").x["train"].unique().tolist() == [0, 255]
 
 
 def test_boots_are_one_class_of_fashion(raw):
@@ -321,7 +344,7 @@ def test_an_interrupted_download_goes_on_and_then_needs_no_network(raw, served, 
 
 @pytest.fixture
 def grey() -> torch.Tensor:
-    return torch.rand(200, 50, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    return torch.rand(200, 49, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
 
 
 def test_the_config_knows_exactly_these_noises():
@@ -357,6 +380,29 @@ def test_gaussian_noise_grows_with_its_level_in_one_direction(grey):
     once, thrice = (datasets.corrupt(grey, "gaussian", level, seed=0, clip=False) - grey for level in (0.1, 0.3))
     assert once.std() == pytest.approx(0.1, rel=0.03) and once.mean().abs() < 0.005
     torch.testing.assert_close(thrice, 3 * once, rtol=0, atol=1e-6)
+
+
+def test_a_block_of_its_share_is_erased_and_a_higher_level_erases_it_too():
+    images = torch.ones(300, 28 * 28)
+    erased = {level: datasets.corrupt(images, "erased_block", level, seed=0, clip=True) == 0 for level in (0.1, 0.25, 0.3, 1.0)}
+    assert torch.equal(erased[0.25].sum(dim=1), torch.full((300,), 14 * 14)) and erased[1.0].all()
+    for low, high in ((0.1, 0.25), (0.25, 0.3)):
+        assert torch.equal(erased[low] & erased[high], erased[low])
+    sides = [erased[0.25].view(-1, 28, 28).any(dim=axis) for axis in (1, 2)]
+    assert all((side.sum(dim=1) == 14).all() and (side.long().diff(dim=1) != 0).sum(dim=1).max() <= 2 for side in sides)
+    corners = [side.long().argmax(dim=1) for side in sides]
+    assert all(corner.unique().tolist() == list(range(15)) for corner in corners) and not torch.equal(*corners)
+
+
+def test_a_block_is_refused_where_images_are_not_square():
+    with pytest.raises(ConfigError, match="^noise 'erased_block': needs square images, but rows have 17 features$"):
+        datasets.corrupt(torch.ones(3, 17), "erased_block", 0.1, seed=0, clip=True)
+
+
+def test_corruption_part_by_part_is_that_of_the_whole(grey, monkeypatch):
+    whole = {kind: datasets.corrupt(grey, kind, 0.3, seed=1, clip=True) for kind in datasets.NOISES}
+    monkeypatch.setattr(datasets, "CORRUPTED_ROWS", 33)
+    assert all(torch.equal(datasets.corrupt(grey, kind, 0.3, seed=1, clip=True), noisy) for kind, noisy in whole.items())
 
 
 def test_salt_is_as_likely_as_pepper(grey):
@@ -397,6 +443,20 @@ def test_a_prepared_file_that_changed_is_refused(tmp_path):
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ArtifactError, match=r"0\.safetensors: its SHA-256 must be .* run `vaesweep prepare` again"):
         load_prepared(tmp_path)
+
+
+def test_prepared_data_say_how_they_are_binarised(tmp_path):
+    data = Data(name="digits5k", binarise="dynamic")
+    save_prepared(tmp_path, data, datasets.build(data, NOWHERE))
+    loaded = load_prepared(tmp_path, data)
+    assert loaded.binarise == "dynamic"
+    assert set(loaded.x["test"][0].unique().tolist()) == {0, 1} and len(loaded.x["train"][0].unique()) > 200
+
+
+def test_datasets_of_one_study_are_binarised_in_one_way(tmp_path):
+    data = Data(name="digits5k", axes={"binarise": ("none", "fixed")})
+    with pytest.raises(ConfigError, match=r"^data\.axes: .* binarised in the same way, but got \['fixed', 'none'\]$"):
+        save_prepared(tmp_path, data, datasets.build(data, NOWHERE))
 
 
 def test_datasets_of_one_study_have_one_number_of_features(tmp_path):

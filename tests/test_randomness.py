@@ -24,6 +24,13 @@ def test_normals_depend_on_their_coordinates_alone():
     assert torch.equal(wide[1, 4:8, :50, :3], narrow[0])
 
 
+def test_uniforms_depend_on_their_coordinates_alone():
+    whole = uniforms(torch.tensor([0, 3]), Stream.DROPOUT, 50, 9, 7)
+    part = uniforms(torch.tensor([3]), Stream.DROPOUT, 20, 6, 7, first_row=30)
+    assert torch.equal(whole[1, 30:, :6], part[0])
+    assert len(torch.cat([whole, uniforms(torch.tensor([0, 3]), Stream.DROPOUT, 50, 9, 8)]).unique()) == 4 * 450
+
+
 def test_normals_are_normal_and_independent():
     draws = normals(torch.arange(4), Stream.EPSILON, 0, 16, 64, 8)
     assert stats.kstest(draws.flatten().numpy(), "norm").pvalue > 1e-3
