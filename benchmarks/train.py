@@ -143,7 +143,7 @@ def fresh(network: Network, x: Tensor) -> Draw:
 
 def replayed(network: Network, x: Tensor, cells: int) -> Draw:
     """What the stack draws."""
-    source = Batches(make_cells(network, cells, 1024), [len(x)], x.device)
+    source = Batches(make_cells(network, cells, 1024), [0] * cells, [len(x)], x.device)
     blocks = {first: source.block(first) for first in range(0, CHECKED_UPDATES, 16)}
 
     def draw(model: int, update: int) -> tuple[Tensor, Tensor]:

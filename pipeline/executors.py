@@ -25,7 +25,7 @@ from torch import Tensor
 from pipeline.artifacts import ArtifactError, CellStore, Prepared
 from pipeline.config import Model, Settings, VaesweepError
 from pipeline.grid import Cell, Runtime, parameter_count, stacks
-from pipeline.trainer import StackTrainer
+from pipeline.trainer import StackTrainer, Traits
 
 CHECKPOINT_SECONDS = 20.0
 CPU_STACK_PARAMETERS = 2**23  # measured: from 8 cells of 0.9 million parameters on, time a cell is level
@@ -76,7 +76,8 @@ def _multiplies_bf16(device: str) -> bool:
 
 def bytes_per_cell(model: Model, features: int, latent_dim: int, batch_size: int) -> int:
     """Memory of one cell in training: weights, gradients, two moments, the best weights, and the activations of one batch."""
-    activations = batch_size * (6 * features + 4 * sum(model.hidden))
+    wide = 6 + 2 * (model.output != "identity") + 4 * bool(model.dropout)
+    activations = batch_size * (wide * features + 4 * sum(model.hidden))
     return 4 * (6 * parameter_count(model, features, latent_dim) + activations)
 
 
@@ -101,8 +102,20 @@ def plan_stacks(wanted: Mapping[str, Cell], features: int, device: str, size: in
     return stacks(wanted, size or min(share, *(choose_stack_size(cell, features, device) for cell in wanted.values())))
 
 
+def traits(data: Prepared) -> Traits:
+    """What training must know of the data beside its rows."""
+    return Traits(unit_range=data.unit_range, dynamic=data.binarise == "dynamic")
+
+
+def _check(cells: Mapping[str, Cell], data: Prepared) -> None:
+    """Whether the data are such as the cells need. Raises VaesweepError."""
+    _check_targets(cells, data)
+    if data.binarise == "dynamic" and any(cell.train_noise for cell in cells.values()):
+        raise VaesweepError("data.binarise: 'dynamic' draws in every update, but train.noise is drawn once; use 'fixed'")
+
+
 def _check_targets(cells: Mapping[str, Cell], data: Prepared) -> None:
-    """A Bernoulli likelihood needs targets in [0, 1]. Raises VaesweepError."""
+    """A Bernoulli likelihood needs targets in [0, 1], but for noise that a study does not clip. Raises VaesweepError."""
     if any(cell.model.likelihood == "bernoulli" for cell in cells.values()):
         low, high = (extreme(f(x).item() for x in data.x["train"]) for extreme, f in ((min, torch.min), (max, torch.max)))
         if low < 0 or high > 1:
@@ -123,11 +136,13 @@ class StackTraining:
         store: CellStore,
         train_x: list[Tensor],
         validation_x: list[Tensor],
+        traits: Traits,
         runtime: Runtime,
         stop: Callable[[], bool],
         checkpoint_seconds: float,
     ):
-        self.store, self.train_x, self.validation_x, self.runtime = store, train_x, validation_x, runtime
+        self.store, self.data, self.runtime = store, (train_x, validation_x), runtime
+        self.settings = runtime.device, runtime.precision, traits
         self.stop, self.checkpoint_seconds, self.stopped = stop, checkpoint_seconds, False
 
     def run(self, keys: list[str], cells: Mapping[str, Cell]) -> Iterator[int]:
@@ -147,8 +162,7 @@ class StackTraining:
                 yield from self.run(half, cells)
 
     def _whole(self, keys: list[str], cells: Mapping[str, Cell]) -> Iterator[int]:
-        where = self.runtime.device, self.runtime.precision
-        trainer = StackTrainer([cells[key] for key in keys], self.train_x, self.validation_x, *where)
+        trainer = StackTrainer([cells[key] for key in keys], *self.data, *self.settings)
         if state := self._checkpoint(keys):
             trainer.restore(state)
         saved = time.monotonic()
@@ -191,7 +205,7 @@ class _LocalExecutor(ABC):
     def run(self, wanted: Mapping[str, Cell], data: Prepared) -> Iterator[Advance]:
         """Trains those wanted cells that the store lacks. Raises Interrupted after checkpoints."""
         missing = {key: cell for key, cell in wanted.items() if key not in self.store}
-        _check_targets(missing, data)
+        _check(missing, data)
         groups = self._stacks(missing, data.features)
         budgets = [missing[keys[0]].train.updates for keys in groups]
         reached = [0] * len(groups)
@@ -228,7 +242,7 @@ class Inline(_LocalExecutor):
 
     def _train(self, groups: list[list[str]], cells: Mapping[str, Cell], data: Prepared) -> Iterator[tuple[int, int | None]]:
         x = data.x["train"], data.x["validation"]
-        training = StackTraining(self.store, *x, self.runtime, self._asked_to_stop, self.checkpoint_seconds)
+        training = StackTraining(self.store, *x, traits(data), self.runtime, self._asked_to_stop, self.checkpoint_seconds)
         keep_freed_memory()
         with one_thread():
             for index, keys in enumerate(groups):
@@ -252,7 +266,7 @@ class Workers(_LocalExecutor):
         progress, stop = context.SimpleQueue(), context.Event()
         # As arrays, by value: tensors would travel through shared memory, of which a container may have little.
         x = [[part.numpy() for part in data.x[split]] for split in ("train", "validation")]
-        job = (self.store.root, *x, self.runtime, self.checkpoint_seconds, progress, stop)
+        job = (self.store.root, *x, traits(data), self.runtime, self.checkpoint_seconds, progress, stop)
         with ProcessPoolExecutor(min(workers("cpu"), len(groups) or 1), context, _begin_work, job) as pool:
             try:
                 pending = {
@@ -290,6 +304,7 @@ def _begin_work(
     root: Path,
     train_x: list[np.ndarray],
     validation_x: list[np.ndarray],
+    traits: Traits,
     runtime: Runtime,
     checkpoint_seconds: float,
     progress: Any,
@@ -304,7 +319,7 @@ def _begin_work(
     keep_freed_memory()
     torch.set_num_threads(1)
     x = [[torch.from_numpy(part) for part in parts] for parts in (train_x, validation_x)]
-    _worker = _Worker(StackTraining(CellStore(root), *x, runtime, stop.is_set, checkpoint_seconds), progress)
+    _worker = _Worker(StackTraining(CellStore(root), *x, traits, runtime, stop.is_set, checkpoint_seconds), progress)
 
 
 def _work(index: int, keys: list[str], cells: dict[str, Cell]) -> None:

@@ -77,10 +77,9 @@ class StackedAutoencoder:
         self.biases = Buffer.zeros(stack, 1 + sum(_aligned(o) for _, o in self.shapes), device)
         self.layers = list(self._layers())
         self._log_sigma2 = self.biases.view(self.biases.value.shape[1] - ROW_ALIGNMENT)
-        activation = ACTIVATIONS[self.config.activation]
-        self.encoder, self.decoder = (
-            Mlp(part, activation) for part in (self.layers[: self.depth + 1], self.layers[self.depth + 1 :])
-        )
+        self.encoder = Mlp(self.layers[: self.depth + 1], ACTIVATIONS[self.config.activation])
+        self.decoder = Mlp(self.layers[self.depth + 1 :], ACTIVATIONS[_decoder_activation(self.config)])
+        self.output = ACTIVATIONS[self.config.output].module()
         dims = torch.tensor([cell.latent_dim for cell in cells], device=device)
         self.mask = (torch.arange(self.lanes, device=device) < dims[:, None]).float()[:, None]
 
@@ -107,8 +106,8 @@ class StackedAutoencoder:
         return mu, log_variance
 
     def decode(self, z: Float[Tensor, "stack batch lane"]) -> Float[Tensor, "stack batch feature"]:
-        """What the likelihood is made from: logits (Bernoulli) or means (Gaussian)."""
-        return self.decoder(z)
+        """What the likelihood is made from: logits (Bernoulli) or means (Gaussian), after `output` and before dropout."""
+        return self.output(self.decoder(z))
 
     def reconstruct(self, z: Float[Tensor, "stack batch lane"]) -> Float[Tensor, "stack batch feature"]:
         """The mean of p(x|z), in the units of the data."""
@@ -209,10 +208,10 @@ class Autoencoder(nn.Module):
         super().__init__()
         widths = [features, *config.hidden]
         self.likelihood = config.likelihood
-        self.encoder = _mlp(widths, config, last=True)
+        self.encoder = _mlp(widths, config.bias, config.activation, last=config.activation)
         self.mean = nn.Linear(widths[-1], latent_dim, bias=config.bias)
         self.log_variance = nn.Linear(widths[-1], latent_dim, bias=config.bias)
-        self.decoder = _mlp([latent_dim, *reversed(widths)], config, last=False)
+        self.decoder = _mlp([latent_dim, *reversed(widths)], config.bias, _decoder_activation(config), last=config.output)
         if config.likelihood == "gaussian":
             self.log_sigma2 = nn.Parameter(torch.zeros(()))
 
@@ -231,9 +230,13 @@ class Autoencoder(nn.Module):
         return nn.Sequential(*path, *([nn.Sigmoid()] if self.likelihood == "bernoulli" else []))
 
 
-def _mlp(widths: list[int], config: Model, *, last: bool) -> nn.Sequential:
-    """Linear maps with activations between them; `last`: after the last one too."""
-    modules: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(widths):
-        modules += [nn.Linear(fan_in, fan_out, bias=config.bias), ACTIVATIONS[config.activation].module()]
-    return nn.Sequential(*(modules if last else modules[:-1]))
+def _decoder_activation(config: Model) -> str:
+    """The name of the activation between the decoder's layers."""
+    return config.decoder_activation or config.activation
+
+
+def _mlp(widths: list[int], bias: bool, between: str, *, last: str) -> nn.Sequential:
+    """Linear maps with one activation between them, and another after the last one."""
+    maps = [nn.Linear(fan_in, fan_out, bias=bias) for fan_in, fan_out in itertools.pairwise(widths)]
+    activations = [ACTIVATIONS[between].module() for _ in maps[1:]] + [ACTIVATIONS[last].module() for _ in maps[:1]]
+    return nn.Sequential(*itertools.chain.from_iterable(zip(maps, activations, strict=True)))

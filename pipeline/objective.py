@@ -93,6 +93,8 @@ class Objective:
         self.samples = knob([cell.arm.samples for cell in cells])[:, None, None]
         self.reconstruction_weight = knob([cell.arm.reconstruction_weight for cell in cells])
         self.beta = knob([cell.beta or 0.0 for cell in cells])
+        self.rise = knob([(cell.anneal or 0.0) * cell.train.updates for cell in cells])
+        self.anneals = any(cell.anneal for cell in cells)
         self.kl = knob([cell.arm.penalty == "kl" for cell in cells])[:, None, None].bool()
         self.penalised = knob([cell.arm.penalty != "none" for cell in cells])[:, None]
         self.has_variance = knob([cell.arm.samples or cell.arm.penalty == "kl" for cell in cells])[:, None, None].bool()
@@ -116,7 +118,11 @@ class Objective:
         """P: the KL; or ½‖μ‖², which is the KL at unit variance; or 0, as the arm says."""
         return kl_per_latent(mu, torch.where(self.kl, log_variance, 0.0)).sum(dim=-1) * self.penalised
 
-    def terms(self, reconstruction: Tensor, penalty: Tensor, beta_factor: float = 1.0) -> Terms:
-        """Batch means, and the loss without its λ term; `beta_factor` is where the β schedule stands."""
+    def beta_at(self, update: int) -> Float[Tensor, " stack"]:
+        """β in update number `update` (0-based): it rises from 0 over the first `rise` updates."""
+        return self.beta * torch.where(update < self.rise, update / self.rise, 1.0) if self.anneals else self.beta
+
+    def terms(self, reconstruction: Tensor, penalty: Tensor, beta: Float[Tensor, " stack"]) -> Terms:
+        """Batch means, and the loss at these β, without its λ term."""
         r, p = reconstruction.mean(dim=1), penalty.mean(dim=1)
-        return Terms(self.reconstruction_weight * r + beta_factor * self.beta * p, r, p)
+        return Terms(self.reconstruction_weight * r + beta * p, r, p)

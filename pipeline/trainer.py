@@ -11,15 +11,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.config import Schedule
+from pipeline.config import Schedule, TrainNoise
+from pipeline.datasets import corrupt
 from pipeline.grid import Cell
 from pipeline.model import StackedAutoencoder
-from pipeline.objective import Objective
-from pipeline.randomness import Stream, normals, permutations
+from pipeline.objective import Objective, Terms
+from pipeline.randomness import Stream, normals, permutations, uniforms
 
 BLOCK = 16  # updates whose random numbers are drawn together; a multiple of 4
 VALIDATION_ROWS = 512
-FALLING = 0.01  # share of the validation loss by which a tenth of the budget may still lower it
+TRAIN_NOISE_SEED, VALIDATION_NOISE_SEED = 1, 2  # evaluation corrupts test rows with seed 0
+FALLING = 0.01  # share of what training has gained that a tenth of the budget may still add
 HISTORY = ("train_loss", "train_reconstruction", "train_penalty")
 HISTORY += tuple(name.replace("train", "validation") for name in HISTORY)
 
@@ -29,21 +31,83 @@ def factor(schedule: Schedule, update: int, updates: int) -> float:
     share = min(1.0, update / updates / schedule.over)
     if schedule.kind == "constant":
         return 1.0
+    if schedule.kind == "steps":
+        return schedule.ratio ** sum(update / updates >= at for at in schedule.at)
     if schedule.kind == "cosine":
         share = 0.5 - 0.5 * math.cos(math.pi * share)
     return schedule.start + (schedule.end - schedule.start) * share
 
 
-class Batches:
-    """Rows and ε of every update, as functions of (cell seed, update, row, lane) and of the cell's dataset."""
+class Traits(NamedTuple):
+    """What training must know of its data beside the rows."""
 
-    def __init__(self, cells: list[Cell], rows: list[int], device: torch.device | str):
-        self.batch_size, self.lanes = cells[0].train.batch_size, cells[0].lanes
+    unit_range: bool = False
+    dynamic: bool = False
+    """Whether training rows are grey levels, which every update draws anew as black or white."""
+
+
+PLAIN = Traits()
+Version = tuple[int, float]
+"""A dataset's index, and the level of the noise on it."""
+
+
+def inputs(cells: list[Cell]) -> list[Version]:
+    """What each cell sees."""
+    return [(cell.dataset, cell.train_noise) for cell in cells]
+
+
+def targets(cells: list[Cell]) -> list[Version]:
+    """What each cell's reconstruction is compared with."""
+    noise = cells[0].train.noise
+    return [(cell.dataset, 0.0) for cell in cells] if noise and noise.target == "clean" else inputs(cells)
+
+
+def versions(cells: list[Cell]) -> list[Version]:
+    """All that a stack of these cells needs."""
+    return sorted({*inputs(cells), *targets(cells)})
+
+
+class Split:
+    """One split of the datasets, joined in all versions that the cells need. Noise is drawn once, by `seed`."""
+
+    def __init__(
+        self, cells: list[Cell], x: list[Float[Tensor, "_ feature"]], seed: int, clip: bool, device: torch.device | str
+    ):
+        seen, wanted, needed = inputs(cells), targets(cells), versions(cells)
+        parts = [_noisy(x[dataset], cells[0].train.noise, level, seed, clip) for dataset, level in needed]
+        self.x = torch.cat(parts).to(device)
+        self.rows = [len(part) for part in parts]
+        self.version = [needed.index(version) for version in seen]
+        starts = torch.tensor([0, *itertools.accumulate(self.rows[:-1])], device=device)[:, None]
+        self.start = starts[self.version]
+        self.shift = starts[[needed.index(version) for version in wanted]] - self.start if seen != wanted else None
+
+    def take(self, rows: Int[Tensor, "stack batch"]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, [stack, batch, feature]; `rows` count from the first row of all versions."""
+        x = self._take(rows)
+        return x, x if self.shift is None else self._take(rows + self.shift)
+
+    def _take(self, rows: Int[Tensor, "stack batch"]) -> Float[Tensor, "stack batch feature"]:
+        return self.x.index_select(0, rows.flatten()).view(*rows.shape, -1)
+
+
+def _noisy(x: Float[Tensor, "_ feature"], noise: TrainNoise | None, level: float, seed: int, clip: bool) -> Tensor:
+    return corrupt(x, noise.kind, level, seed, clip=clip and noise.clip) if noise else x
+
+
+class Batches:
+    """Rows and ε of every update, as functions of (cell seed, update, row, lane) and of what version of the data a cell sees.
+
+    `version` indexes `rows`, the number of rows in each version.
+    """
+
+    def __init__(self, cells: list[Cell], version: list[int], rows: list[int], device: torch.device | str):
+        self.batch_size, self.lanes, self.shuffle = cells[0].train.batch_size, cells[0].lanes, cells[0].train.shuffle
         self.rows = rows
         self.offsets = [0, *itertools.accumulate(rows)]
-        feeds = sorted({(cell.dataset, cell.seed) for cell in cells})
-        self.feeds = feeds
-        self.feed = torch.tensor([feeds.index((cell.dataset, cell.seed)) for cell in cells], device=device)
+        wanted = [(index, cell.seed) for index, cell in zip(version, cells, strict=True)]
+        self.feeds = sorted(set(wanted))
+        self.feed = torch.tensor([self.feeds.index(feed) for feed in wanted], device=device)
         seeds = sorted({cell.seed for cell in cells})
         self.seeds = torch.tensor(seeds, device=device)
         self._seed_of = dict(zip(seeds, self.seeds.split(1), strict=True))
@@ -51,24 +115,29 @@ class Batches:
         self._orders: dict[tuple[int, int, int], Tensor] = {}
 
     def block(self, first: int) -> tuple[Int[Tensor, "feed step batch"], Float[Tensor, "seed step batch lane"]]:
-        """Row numbers into the joined datasets, and ε, for `BLOCK` updates from `first` on."""
-        rows = torch.stack([self._rows(dataset, seed, first) for dataset, seed in self.feeds])
+        """Row numbers into the joined versions, and ε, for `BLOCK` updates from `first` on."""
+        rows = torch.stack([self._rows(version, seed, first) for version, seed in self.feeds])
         epsilon = normals(self.seeds, Stream.EPSILON, first, BLOCK, self.batch_size, self.lanes)
         return rows, epsilon
 
-    def _rows(self, dataset: int, seed: int, first: int) -> Int[Tensor, "step batch"]:
+    def uniforms(self, stream: Stream, update: int, columns: int) -> Float[Tensor, "seed batch column"]:
+        """Uniform numbers on (0, 1), as a function of (cell seed, update, row, column); `seed` says whose are which."""
+        return uniforms(self.seeds, stream, self.batch_size, columns, update)
+
+    def _rows(self, version: int, seed: int, first: int) -> Int[Tensor, "step batch"]:
         """A stream of whole epochs, each in an order of its own, cut into batches; a batch may span two epochs."""
-        count = self.rows[dataset]
+        count = self.rows[version]
         start, stop = first * self.batch_size, (first + BLOCK) * self.batch_size
         epochs = range(start // count, (stop - 1) // count + 1)
         stream = torch.cat([self._order(seed, epoch, count) for epoch in epochs])
-        return stream[start - epochs[0] * count :][: stop - start].view(BLOCK, -1) + self.offsets[dataset]
+        return stream[start - epochs[0] * count :][: stop - start].view(BLOCK, -1) + self.offsets[version]
 
     def _order(self, seed: int, epoch: int, count: int) -> Int[Tensor, " row"]:
         key = seed, epoch, count
         if key not in self._orders:
             self._orders = {k: v for k, v in self._orders.items() if k[1] >= epoch - 1}
-            self._orders[key] = permutations(self._seed_of[seed], epoch, count)[0]
+            rows = torch.arange(count, device=self.seeds.device)
+            self._orders[key] = permutations(self._seed_of[seed], epoch, count)[0] if self.shuffle else rows
         return self._orders[key]
 
 
@@ -80,7 +149,7 @@ class Result(NamedTuple):
 
 
 class StackTrainer:
-    """Trains cells of equal `lanes`, `model` and `train` as one program.
+    """Trains cells of equal `lanes`, `model` and `train` as one program, on the clean rows of every dataset.
 
     Where products take all cells at once, a lone cell trains beside a copy of itself: one matrix alone rounds differently.
     """
@@ -92,18 +161,19 @@ class StackTrainer:
         validation_x: list[Float[Tensor, "_ feature"]],
         device: torch.device | str = "cpu",
         precision: str = "float32",
+        traits: Traits = PLAIN,
     ):
         self.wanted, self.config = len(cells), cells[0].train
         self.model = StackedAutoencoder(cells, train_x[0].shape[1], device, precision)
         if len(cells) == 1 and not self.model.encoder.one_by_one:
             self.model = StackedAutoencoder(cells * 2, train_x[0].shape[1], device, precision)
         self.cells = self.model.initialise().cells
-        self.train_x = torch.cat(train_x).to(device)
-        self.validation_x = torch.stack(validation_x).to(device)
+        self.train = Split(self.cells, train_x, TRAIN_NOISE_SEED, traits.unit_range, device)
+        self.validation = Split(self.cells, validation_x, VALIDATION_NOISE_SEED, traits.unit_range, device)
+        self.dynamic = traits.dynamic
         self.l2 = torch.tensor([cell.l2 for cell in self.cells], device=device)
-        self.dataset = torch.tensor([cell.dataset for cell in self.cells], device=device)
         self.objective = Objective(self.cells, device)
-        self.batches = Batches(self.cells, [len(x) for x in train_x], device)
+        self.batches = Batches(self.cells, self.train.version, self.train.rows, device)
         self.optimizer = _Adam(self.model, self.cells)
         count = self.config.history_points
         self.points = [round(point * self.config.updates / count) for point in range(1, count + 1)]
@@ -117,7 +187,7 @@ class StackTrainer:
 
     def run(self) -> Iterator[int]:
         """Trains to the end of the budget; yields the update at each history point, where `state` may be taken."""
-        sums = torch.zeros(len(self.cells), 3, device=self.train_x.device)
+        sums = torch.zeros(len(self.cells), 3, device=self.l2.device)
         block = None
         for point, stop in enumerate(self.points):
             if self.update >= stop:
@@ -134,10 +204,10 @@ class StackTrainer:
     def _step(self, rows: Tensor, epsilon: Tensor) -> Float[Tensor, "stack term"]:
         """One update of every cell; returns its loss terms."""
         step = self.update % BLOCK
-        chosen = rows[:, step][self.batches.feed]
-        x = self.train_x.index_select(0, chosen.flatten()).view(*chosen.shape, -1)
-        beta_factor = factor(self.config.beta_schedule, self.update, self.config.updates)
-        terms = self._terms(x, epsilon[:, step][self.batches.seed] * self.model.mask, beta_factor)
+        x, target = self.train.take(rows[:, step][self.batches.feed])
+        if self.dynamic:
+            x = target = self._black_and_white(x)
+        terms = self._terms(x, target, epsilon[:, step][self.batches.seed] * self.model.mask, self.update)
         self._mark_diverged(terms.loss)
         torch.where(self.diverged_at < 0, terms.loss, 0.0).sum().backward()
         if self.config.clip_norm:
@@ -146,11 +216,25 @@ class StackTrainer:
         self.update += 1
         return torch.stack(terms, dim=1).detach()
 
-    def _terms(self, x: Tensor, epsilon: Tensor, beta_factor: float = 1.0) -> Any:
+    def _terms(self, x: Tensor, target: Tensor, epsilon: Tensor, update: int | None = None) -> Terms:
+        """Terms as training number `update` has them; without one, as validation has them: at the final β, nothing dropped."""
         mu, log_variance = self.objective.posterior(*self.model.encode(x))
         output = self.model.decode(self.objective.sample(mu, log_variance, epsilon))
-        reconstruction = self.objective.reconstruction(output, x, self.model.log_sigma2)
-        return self.objective.terms(reconstruction, self.objective.penalty(mu, log_variance), beta_factor)
+        if update is not None and self.model.config.dropout:
+            output = self._dropped(output, update)
+        reconstruction = self.objective.reconstruction(output, target, self.model.log_sigma2)
+        beta = self.objective.beta if update is None else self.objective.beta_at(update)
+        return self.objective.terms(reconstruction, self.objective.penalty(mu, log_variance), beta)
+
+    def _dropped(self, mean: Float[Tensor, "stack batch feature"], update: int) -> Float[Tensor, "stack batch feature"]:
+        """Means of which a share is set to 0, and the rest scaled up to the same expectation."""
+        share = self.model.config.dropout
+        kept = self.batches.uniforms(Stream.DROPOUT, update, mean.shape[-1]) >= share
+        return mean * (kept / (1 - share))[self.batches.seed]
+
+    def _black_and_white(self, grey: Float[Tensor, "stack batch feature"]) -> Float[Tensor, "stack batch feature"]:
+        """Every pixel 1 with its grey as the probability, else 0."""
+        return (self.batches.uniforms(Stream.BINARISE, self.update, grey.shape[-1])[self.batches.seed] < grey).float()
 
     def _mark_diverged(self, loss: Float[Tensor, " stack"]) -> None:
         diverges = (self.diverged_at < 0) & ~torch.isfinite(loss)
@@ -187,13 +271,13 @@ class StackTrainer:
     @torch.no_grad()
     def _validate(self) -> Float[Tensor, "stack term"]:
         """Loss terms on the validation set without the λ term, at the final β and with the same ε every time."""
-        rows = self.validation_x.shape[1]
+        rows = self.validation.rows[0]
         epsilon = normals(self.batches.seeds, Stream.EVALUATION, 0, 4, rows, self.model.lanes)[:, 0]
-        total = torch.zeros(len(self.cells), 3, device=self.train_x.device)
-        for start in range(0, rows, VALIDATION_ROWS):
-            part = slice(start, start + VALIDATION_ROWS)
-            x = self.validation_x[:, part][self.dataset]
-            total += torch.stack(self._terms(x, epsilon[:, part][self.batches.seed] * self.model.mask), dim=1) * x.shape[1]
+        total = torch.zeros(len(self.cells), 3, device=self.l2.device)
+        for part in torch.arange(rows, device=self.l2.device).split(VALIDATION_ROWS):
+            x, target = self.validation.take(self.validation.start + part)
+            terms = self._terms(x, target, epsilon[:, part][self.batches.seed] * self.model.mask)
+            total += torch.stack(terms, dim=1) * len(part)
         return total / rows
 
     def state(self) -> dict[str, Tensor]:
@@ -243,10 +327,14 @@ class StackTrainer:
 
 
 def still_falling(losses: list[float]) -> bool:
-    """Whether the mean loss over the last tenth lies more than 1% below that over the tenth before."""
+    """Whether the mean loss over the last tenth lies below that over the tenth before by more than 1% of what training gained.
+
+    What it gained is the largest finite loss less that of the last tenth: a density's loss has no natural zero to compare with.
+    """
     tenth = max(1, len(losses) // 10)
     last, before = (sum(part) / tenth for part in (losses[-tenth:], losses[-2 * tenth : -tenth]))
-    return bool(before - last > FALLING * abs(last))
+    largest = max(filter(math.isfinite, losses), default=math.nan)
+    return before - last > FALLING * (largest - last)
 
 
 def _number(value: float) -> float | None:

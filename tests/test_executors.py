@@ -1,3 +1,4 @@
+import dataclasses
 import weakref
 
 import pandas as pd
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.artifacts import CellStore, Prepared
-from pipeline.config import Settings, VaesweepError
+from pipeline.config import Settings, TrainNoise, VaesweepError
 from pipeline.executors import Inline, Interrupted, Workers, bytes_per_cell, choose_stack_size, find_runtime
 from pipeline.grid import Runtime, identify
 from pipeline.trainer import StackTrainer
@@ -18,7 +19,7 @@ GPU = Runtime(device="cuda", torch=torch.__version__)
 @pytest.fixture
 def data(pixels):
     x = {"train": [pixels], "validation": [pixels[:50]], "test": [pixels[:20]]}
-    return Prepared(x, None, ["hash"], [{}], 17, None, True, None, {})
+    return Prepared(x, None, ["hash"], [{}], 17, None, True, "none", None, {})
 
 
 @pytest.fixture
@@ -50,6 +51,40 @@ def test_only_missing_cells_are_trained(executor, tmp_path, data, wanted):
     before = {key: store.weights_path(key).stat().st_mtime_ns for key in keys[:4]}
     assert list(executor(store, RUNTIME).run(wanted, data))[-1].cells == 2
     assert before == {key: store.weights_path(key).stat().st_mtime_ns for key in keys[:4]}
+
+
+def test_training_processes_know_the_datas_traits(tmp_path, data, make_cell):
+    """Clipped noise on unit-range data, and pixels drawn in every update."""
+    noise = TrainNoise(kind="gaussian")
+    noisy = identify([make_cell(train_noise=level, train={"noise": noise}) for level in (0.0, 0.5)], ["hash"], RUNTIME)
+    drawn = identify([make_cell(seed=seed) for seed in (1, 2)], ["hash"], RUNTIME)
+    dynamic = dataclasses.replace(data, binarise="dynamic")
+    inline, processes, plain = (CellStore(tmp_path / name) for name in ("inline", "processes", "plain"))
+    for kind, store in ((Inline, inline), (Workers, processes)):
+        list(kind(store, RUNTIME, stack_size=1).run(noisy, data))
+        list(kind(store, RUNTIME, stack_size=1).run(drawn, dynamic))
+    assert results(inline, [*noisy, *drawn]) == results(processes, [*noisy, *drawn])
+    list(Inline(plain, RUNTIME).run(drawn, data))
+    list(Inline(plain, RUNTIME).run(noisy, dataclasses.replace(data, unit_range=False)))
+    changed = {key for key in [*noisy, *drawn] if plain.record(key) != inline.record(key)}
+    assert changed == {list(noisy)[1], *drawn}
+
+
+def test_targets_outside_the_unit_range_are_refused_unless_noise_that_is_not_clipped_makes_them(tmp_path, data, make_cell):
+    noise = TrainNoise(kind="sparse_abs_gaussian", clip=False)
+    wanted = identify([make_cell(train_noise=0.5, train={"noise": noise})], ["hash"], RUNTIME)
+    list(Inline(CellStore(tmp_path / "a"), RUNTIME).run(wanted, data))
+    assert CellStore(tmp_path / "a").record(next(iter(wanted)))["status"] == "finished"
+    wide = dataclasses.replace(data, x={split: [2 * x for x in parts] for split, parts in data.x.items()})
+    with pytest.raises(VaesweepError, match=r"'bernoulli' needs data in \[0, 1\], but 'None' spans \[.*, 2\]"):
+        list(Inline(CellStore(tmp_path / "b"), RUNTIME).run(wanted, wide))
+
+
+def test_noise_that_is_drawn_once_does_not_go_with_pixels_that_are_drawn_in_every_update(tmp_path, data, make_cell):
+    noise = TrainNoise(kind="gaussian")
+    wanted = identify([make_cell(train_noise=0.5, train={"noise": noise})], ["hash"], RUNTIME)
+    with pytest.raises(VaesweepError, match=r"^data\.binarise: 'dynamic' draws in every update, .* use 'fixed'$"):
+        list(Inline(CellStore(tmp_path), RUNTIME).run(wanted, dataclasses.replace(data, binarise="dynamic")))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -165,6 +200,8 @@ def test_small_cells_train_in_larger_stacks(make_cell):
     large, small = make_cell(model={"hidden": (400, 256, 128)}), make_cell()
     assert 8 <= choose_stack_size(large, 784, "cpu") <= 32 < choose_stack_size(small, 2, "cpu")
     assert bytes_per_cell(large.model, 784, 2, 128) > 6 * 4 * 800_000
+    masked = large.model.model_copy(update={"dropout": 0.1})
+    assert bytes_per_cell(masked, 784, 2, 128) >= bytes_per_cell(large.model, 784, 2, 128) + 3 * 4 * 784 * 128
 
 
 @pytest.mark.gpu

@@ -20,6 +20,18 @@ def test_the_stack_computes_what_its_cells_compute(make_cell, pixels, hidden, li
         torch.testing.assert_close(stack.reconstruct(mu)[row], plain(pixels))
 
 
+def test_an_output_activation_makes_the_mean_of_the_likelihood_everywhere(make_cell, pixels):
+    model = {"likelihood": "gaussian", "output": "relu", "decoder_activation": "tanh", "dropout": 0.5}
+    stack = StackedAutoencoder([make_cell(latent_dim=4, seed=seed, model=model) for seed in (0, 1)], 17).initialise()
+    mean = stack.decode(stack.encode(pixels.expand(2, -1, -1))[0])
+    assert mean.min() == 0 < mean.max() and torch.equal(mean, stack.reconstruct(stack.encode(pixels.expand(2, -1, -1))[0]))
+    for row in range(2):
+        plain = stack.cell(row)
+        torch.testing.assert_close(plain(pixels), mean[row])
+        torch.testing.assert_close(plain.decoder(plain.encode(pixels)[0]), mean[row])
+        assert [type(module).__name__ for module in plain.decoder[1::2]] == ["Tanh", "Tanh", "ReLU"]
+
+
 def test_weights_follow_torchs_default_bounds(make_cell):
     stack = StackedAutoencoder([make_cell(latent_dim=dim) for dim in (3, 4)], 17).initialise()
     for row in range(2):

@@ -71,4 +71,12 @@ def test_each_arm_has_its_terms(make_cell):
     reconstruction, penalty = torch.ones(5, 3), objective.penalty(*objective.posterior(mu, log_variance))
     kl, code = kl_per_latent(mu, log_variance).sum(-1)[0, 0], 0.5 * mu.square().sum(-1)[0, 0]
     expected = torch.stack([1 + 2 * kl, torch.tensor(1.0), 1 + 2 * code, 1 + 2 * code, 2 * kl])
-    torch.testing.assert_close(objective.terms(reconstruction, penalty).loss, expected)
+    torch.testing.assert_close(objective.terms(reconstruction, penalty, objective.beta).loss, expected)
+
+
+def test_beta_rises_over_its_share_of_the_updates_and_then_stays(make_cell):
+    cells = [make_cell(beta=4.0, anneal=anneal) for anneal in (0.0, 0.5, 1.0)] + [make_cell("ae")]
+    objective = Objective(cells)
+    betas = [objective.beta_at(update).tolist() for update in (0, 10, 20, 40)]
+    assert betas == [[4, 0, 0, 0], [4, 2, 1, 0], [4, 4, 2, 0], [4, 4, 4, 0]]
+    assert Objective([cells[0], cells[3]]).beta_at(0).tolist() == [4, 0]

@@ -12,10 +12,10 @@ from tabulate import tabulate
 
 from pipeline import datasets
 from pipeline.artifacts import ArtifactError, CellStore, Folders, Prepared, load_prepared
-from pipeline.config import CONFIG_FOLDER, ConfigError, Study, load_settings, load_study
-from pipeline.executors import bytes_per_cell, find_runtime, one_thread, plan_stacks, workers
+from pipeline.config import CONFIG_FOLDER, ArmAxes, ConfigError, Study, load_settings, load_study
+from pipeline.executors import bytes_per_cell, find_runtime, one_thread, plan_stacks, traits, workers
 from pipeline.grid import Cell, Runtime, cells, data_points, identify, parameter_count
-from pipeline.trainer import StackTrainer
+from pipeline.trainer import PLAIN, StackTrainer, Traits, versions
 
 MEASURED_UPDATES = 12
 MEASURED_ROWS = 1024
@@ -29,7 +29,8 @@ def run(name: str) -> str:
     features = data.features if data else _features(name, study)
     missing = _missing(wanted, data, runtime)
     groups = plan_stacks(missing, features, runtime.device, settings.stack_size)
-    rows = [*_grid_rows(study, wanted, missing), *_cost_rows(study, wanted, missing, groups, features, runtime)]
+    costs = _cost_rows(study, wanted, missing, groups, features, runtime, data)
+    rows = [*_grid_rows(study, wanted, missing), *costs]
     return f"{name}: {study.title}\n\n{tabulate(rows, tablefmt='plain')}\n\n{_defaults(study)}"
 
 
@@ -58,40 +59,59 @@ def _missing(wanted: list[Cell], data: Prepared | None, runtime: Runtime) -> dic
 
 def _grid_rows(study: Study, wanted: list[Cell], missing: dict[str, Cell]) -> list[tuple[str, str]]:
     arms = ", ".join(f"{count} {arm}" for arm, count in Counter(cell.arm_name for cell in wanted).items())
-    axes = {name: getattr(study.grid, name) for name in ("latent_dim", "l2", "sigma2", "learning_rate", "seed")}
-    axes |= study.data.axes
+    axes = {name: values for name, values in study.axes.items() if name not in ("arm", *ArmAxes.model_fields)}
     shown = " × ".join(f"{name} {list(values)}" for name, values in axes.items() if len(values) > 1)
-    betas = "; ".join(f"{arm} β {list(axis.beta)}" for arm, axis in study.grid.arms.items() if "beta" in axis.model_fields_set)
     return [
         ("data", f"{len(data_points(study.data))} dataset(s) of {study.data.name}"),
         ("grid", shown),
-        ("arms", betas or ", ".join(study.grid.arms)),
+        ("arms", "; ".join(_arm(name, arm) for name, arm in study.grid.arms.items())),
         ("cells", f"{len(wanted)} ({arms}); {len(wanted) - len(missing)} are trained already"),
     ]
 
 
+def _arm(name: str, axes: ArmAxes) -> str:
+    """An arm with the axes that the study gives it."""
+    words = {"beta": "β", "anneal": "annealed over"}
+    given = [f"{word} {list(getattr(axes, axis))}" for axis, word in words.items() if axis in axes.model_fields_set]
+    return " ".join([name, *given])
+
+
 def _cost_rows(
-    study: Study, wanted: list[Cell], missing: dict[str, Cell], groups: list[list[str]], features: int, runtime: Runtime
+    study: Study,
+    wanted: list[Cell],
+    missing: dict[str, Cell],
+    groups: list[list[str]],
+    features: int,
+    runtime: Runtime,
+    data: Prepared | None,
 ) -> list[tuple[str, str]]:
     largest = max(wanted, key=lambda cell: cell.latent_dim)
     parameters = parameter_count(study.model, features, largest.latent_dim)
     widest = max((len(group) for group in groups), default=0)
     at_once = min(workers(runtime.device), len(groups))
     memory = at_once * widest * bytes_per_cell(study.model, features, largest.lanes, study.train.batch_size)
+    copies = at_once * max((_copied_bytes([missing[key] for key in group], data) for group in groups), default=0)
     disk = 4 * sum(parameter_count(study.model, features, cell.latent_dim) for cell in missing.values())
-    seconds = sum(_seconds(group, missing, features, runtime) for group in groups) / max(1, at_once)
+    known = traits(data) if data else PLAIN
+    seconds = sum(_seconds(group, missing, features, runtime, known) for group in groups) / max(1, at_once)
     sizes = ", ".join(f"{count} of {size}" for size, count in Counter(map(len, groups)).items())
     return [
         ("device", f"{runtime.device}, torch {runtime.torch}, {runtime.precision}"),
         ("stacks", f"{sizes}; {at_once} at a time" if groups else "none"),
         ("parameters", f"{parameters:,} a cell at most"),
-        ("memory", f"{memory / 1e6:,.0f} MB for stacks in training, and the data"),
+        ("memory", f"{(memory + copies) / 1e6:,.0f} MB for stacks in training and the rows they see, and the data"),
         ("disk", f"{disk / 1e6:,.0f} MB of weights"),
         ("time", f"about {_duration(seconds)} of training, from {MEASURED_UPDATES} measured updates" if groups else "none"),
     ]
 
 
-def _seconds(group: list[str], cells: dict[str, Cell], features: int, runtime: Runtime) -> float:
+def _copied_bytes(cells: list[Cell], data: Prepared | None) -> int:
+    """What a stack copies of the data: one split of a dataset for each level of noise. Nothing is known of unprepared data."""
+    splits = (data.x["train"], data.x["validation"]) if data else ()
+    return sum(4 * x[dataset].numel() for x in splits for dataset, _ in versions(cells))
+
+
+def _seconds(group: list[str], cells: dict[str, Cell], features: int, runtime: Runtime, traits: Traits) -> float:
     """Training time of one stack, from a few updates on random data after some to warm up."""
     members = [dataclasses.replace(cells[key], dataset=0) for key in group]
     config = members[0].train.model_copy(update={"updates": MEASURED_UPDATES, "history_points": 3})
@@ -99,7 +119,7 @@ def _seconds(group: list[str], cells: dict[str, Cell], features: int, runtime: R
     times = [time.perf_counter()]
     with one_thread():
         members = [dataclasses.replace(cell, train=config) for cell in members]
-        trainer = StackTrainer(members, [x], [x[:1]], runtime.device, runtime.precision)
+        trainer = StackTrainer(members, [x], [x[:1]], runtime.device, runtime.precision, traits)
         for _ in trainer.run():
             times.append(time.perf_counter())
     steps = [after - before for before, after in itertools.pairwise(times)]
