@@ -352,6 +352,8 @@ class Study(Strict):
             raise ValueError("a Bernoulli likelihood has no σ², so the grid has no axis 'sigma2'")
         if (self.train.noise is None) == any(grid.train_noise):
             raise ValueError("train.noise says what kind of noise grid.train_noise has levels of: neither stands alone")
+        if self.train.noise and self.train.noise.kind != "gaussian" and max(grid.train_noise) > 1:
+            raise ValueError(f"grid.train_noise: levels of '{self.train.noise.kind}' are shares, at most 1")
         if len({claim.id for claim in self.claims}) < len(self.claims):
             raise ValueError("no claim id may stand twice")
         if self.size > MAX_CELLS:
@@ -417,6 +419,12 @@ class Search(Strict):
     trials: Count = Field(description="target count of finished trials")
     batch: Count = Field(description="trials that are asked, trained as one stack, and told together")
     train: Train
+
+    @model_validator(mode="after")
+    def _trains_on_clean_data(self) -> Search:
+        if self.train.noise:
+            raise ValueError("train.noise: a search has no levels of noise, so it names no kind")
+        return self
 
 
 class Scale(Strict):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import ARMS, ArmAxes, Study
+from pipeline.config import ARMS, ArmAxes, Study, TrainNoise
 from pipeline.grid import Runtime, balanced, cell_id, cells, identify, parameter_count, stacks
 from pipeline.model import Autoencoder
 
@@ -23,13 +23,16 @@ positive = st.floats(1e-6, 10, allow_nan=False)
 @st.composite
 def studies(draw):
     arms = {
-        name: {"beta": draw(distinct(positive))} if ARMS[name].penalty != "none" else {}
+        name: {"beta": draw(distinct(positive)), "anneal": draw(distinct(st.floats(0, 1), 2))}
+        if ARMS[name].penalty != "none"
+        else {}
         for name in draw(distinct(st.sampled_from(sorted(ARMS))))
     }
     grid = {
         "latent_dim": draw(distinct(st.integers(1, 40))),
         "l2": draw(distinct(positive)),
         "seed": draw(distinct(st.integers(0, 9))),
+        "train_noise": [0, draw(positive)],
     }
     return Study.model_validate_json(
         json.dumps(
@@ -38,7 +41,7 @@ def studies(draw):
                 "data": {"name": "manifold", "axes": {"manifold_dim": draw(distinct(st.integers(1, 8)))}},
                 "model": {"hidden": [4], "likelihood": "gaussian"},
                 "grid": {**grid, "sigma2": [1, "learned"], "arms": arms},
-                "train": {"updates": 100},
+                "train": {"updates": 100, "noise": {"kind": "gaussian"}},
                 "evaluate": {},
             }
         )
@@ -50,8 +53,9 @@ def test_the_grids_size_is_the_product_of_the_axes_that_each_arm_has(study):
     found = cells(study)
     assert len(found) == study.size
     per_arm = len(study.data.axes["manifold_dim"]) * len(study.grid.latent_dim) * len(study.grid.l2) * 2 * len(study.grid.seed)
-    betas = sum(len(arm.beta) if ARMS[name].penalty != "none" else 1 for name, arm in study.grid.arms.items())
-    assert len(found) == per_arm * betas
+    per_arm *= len(study.grid.train_noise)
+    own = sum(len(arm.beta) * len(arm.anneal) if ARMS[name].penalty != "none" else 1 for name, arm in study.grid.arms.items())
+    assert len(found) == per_arm * own
 
 
 @given(studies(), st.integers(1, 20))
@@ -81,7 +85,8 @@ def test_everything_that_decides_a_result_changes_the_id(make_cell):
     base = cell_id(cell, "hash", RUNTIME)
     changes = [
         dataclasses.replace(cell, arm_name="ae_code_l2"),
-        *(dataclasses.replace(cell, **{field: 3.0}) for field in ("beta", "l2", "learning_rate")),
+        *(dataclasses.replace(cell, **{field: 3.0}) for field in ("beta", "l2", "learning_rate", "anneal", "train_noise")),
+        dataclasses.replace(cell, train_noise=3.0, train=cell.train.model_copy(update={"noise": TrainNoise(kind="gaussian")})),
         *(dataclasses.replace(cell, **{field: 3}) for field in ("latent_dim", "seed")),
         dataclasses.replace(cell, model=cell.model.model_copy(update={"hidden": (7,)})),
         dataclasses.replace(cell, train=cell.train.model_copy(update={"updates": 41})),
@@ -97,6 +102,8 @@ def test_what_does_not_decide_a_result_leaves_the_id(make_cell):
     base = cell_id(cell, "hash", RUNTIME)
     assert cell_id(dataclasses.replace(cell, dataset=3, data={"manifold_dim": 2}), "hash", RUNTIME) == base
     assert cell_id(cell, "hash", Runtime(device="cpu", torch="2.14.9")) == base
+    noisy = cell.train.model_copy(update={"noise": TrainNoise(kind="gaussian")})
+    assert cell_id(dataclasses.replace(cell, train=noisy), "hash", RUNTIME) == base
 
 
 @pytest.mark.parametrize("beta", ["1", "1.0", "1e0", "0.1e1"])
