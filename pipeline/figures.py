@@ -9,6 +9,7 @@ import functools
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -16,7 +17,7 @@ from typing import Any, SupportsFloat
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib import style
+from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
@@ -26,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.stats import norm
 
-from pipeline import artifacts
+from pipeline import artifacts, intervals
 
 HOUSE_STYLE = {
     "figure.dpi": 125,
@@ -69,8 +70,17 @@ ARM_LABELS = {
     "kl_only": "KL only",
 }
 GREY = "#777777"
+GREYS = colormaps["gray_r"].resampled(24)  # of images; each level more makes the PNG larger
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-NOISE_LABELS = {"sparse_abs_gaussian": "sparse |Gaussian|", "gaussian": "Gaussian", "salt_and_pepper": "salt and pepper"}
+NOISE_LABELS = {
+    "sparse_abs_gaussian": "sparse |Gaussian|",
+    "gaussian": "Gaussian",
+    "salt_and_pepper": "salt and pepper",
+    "erased_block": "erased block",
+}
+TARGET_LABELS = {"clean": "target: clean image", "noisy": "target: noisy image"}
+AXIS_WORDS = {"beta": "β", "l2": "λ", "sigma2": "σ²", "train_noise": "noise level in training", "latent_dim": "latents"}
+VERDICT_COLOURS = {"supported": "#0072b2", "contradicted": "#d55e00", "undecided": "#999999"}
 CRITERIA = {"column_sum": "|column sum|", "column_l1": "column L1 norm", "column_l2": "column L2 norm", "kl": "KL"}
 MANIFOLD_SHARES = (0.05, 0.95)
 
@@ -112,16 +122,10 @@ def number(value: float) -> str:
 def training_curves(curves: pd.DataFrame, by: Sequence[str]) -> Figure:
     """Validation loss against updates: one panel for each value of `panel`, one line for each setting in `by`."""
     panels = list(curves["panel"].unique())
-    columns = min(3, len(panels))
-    figure, axes = _panels(math.ceil(len(panels) / columns), columns, height=2.5)
-    for panel, ax in zip(panels, axes.flat, strict=False):
+    figure, axes = _wrapped(len(panels), "update", "validation loss (nats)", height=2.5)
+    for panel, ax in zip(panels, axes, strict=True):
         _draw_training(ax, _labelled(curves[curves["panel"] == panel]), by)
         ax.set_title(panel)
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
-    _label_edges(axes, "update", "validation loss (nats)")
-    for ax in axes.flat[len(panels) - columns : len(panels)]:
-        ax.set_xlabel("update")
     _title(figure, "Validation loss over training")
     return figure
 
@@ -136,6 +140,85 @@ def _draw_training(ax: Axes, curves: pd.DataFrame, by: Sequence[str]) -> None:
         room = 0.1 + 0.17 * len(colours)  # for the legend, above the curves
         ax.set_ylim(low - 0.05 * (high - low), high + room * (high - low))
     ax.legend(handles=_handles(colours), loc="upper right", handlelength=1.2)
+
+
+# Measures over an axis
+
+
+@_house_style
+def measure_over(summary: pd.DataFrame, over: str, metrics: dict[str, str], title: str = "") -> Figure:
+    """Measures over an axis, a panel each, with bands over seeds; the values of an axis of names are points, with intervals.
+
+    A line for each arm, and for each β and latent dimension where the table has several. Settings without a value of the
+    axis, such as the plain AE's over β, are horizontal.
+    """
+    table = _labelled(summary, besides=over)
+    colours = _colours(table)
+    draw = _draw_over if pd.api.types.is_numeric_dtype(table[over]) else _draw_names
+    figure, axes = _wrapped(len(metrics), _words(over), height=2.5)
+    for ax, (metric, label) in zip(axes, metrics.items(), strict=True):
+        draw(ax, table.dropna(subset=[metric]), over, metric, colours)
+        ax.set_ylabel(textwrap.fill(label, 30))
+    _title(figure, title or f"Measures over {_words(over)}")
+    _legend(figure, _handles(colours, marker="o"))
+    return figure
+
+
+def _draw_over(ax: Axes, table: pd.DataFrame, over: str, metric: str, colours: dict) -> None:
+    for _, setting in table[table[over].isna()].iterrows():
+        _draw_level(ax, setting, metric, colours)
+    table = table.dropna(subset=[over])
+    _draw_series(ax, table, over, metric, colours)
+    _axis_of_levels(ax, sorted(table[over].astype(float).unique()))
+
+
+def _draw_names(ax: Axes, table: pd.DataFrame, over: str, metric: str, colours: dict) -> None:
+    names = list(table[over].unique())
+    for place, name in enumerate(names):
+        shown = table[table[over] == name].assign(place=place)
+        for index, (series, point) in enumerate(shown.groupby("series", sort=False)):
+            _count_line(ax, point, "place", metric, colours[series], 0.12 * (index - (shown["series"].nunique() - 1) / 2), "o")
+    labels = [(ARM_LABELS | NOISE_LABELS).get(name, _key(name)) for name in names]
+    ax.set_xticks(range(len(names)), labels, rotation=25, ha="right", rotation_mode="anchor")
+    ax.set_xlim(-0.5, len(names) - 0.5)
+
+
+def _draw_series(ax: Axes, table: pd.DataFrame, x: str, y: str, colours: dict) -> None:
+    for series, curve in table.sort_values(x).groupby("series", sort=False):
+        _line(ax, curve, x, y, colours[series], marker="o", markersize=4)
+
+
+def _draw_level(ax: Axes, setting: pd.Series, metric: str, colours: dict) -> None:
+    ax.axhline(setting[metric], color=colours[setting["series"]], linewidth=1.4)
+    if math.isfinite(setting[f"{metric} low"]):
+        span = (setting[f"{metric} low"], setting[f"{metric} high"])
+        ax.axhspan(*span, color=colours[setting["series"]], alpha=0.15, linewidth=0.0)
+
+
+def _axis_of_levels(ax: Axes, levels: Sequence[float]) -> None:
+    """Ticks at the levels, on a log scale where they are far from even; 0, if among them, is then the left edge."""
+    positive = [level for level in levels if level > 0]
+    if positive and positive[-1] > 2 * len(positive) * positive[0]:
+        ax.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
+        ax.set_xlim(*((0, None) if levels[0] == 0 else (positive[0] / 1.25, None)))
+    shown = levels[:: max(1, math.ceil(len(levels) / 6))]
+    ax.set_xticks(shown, map(number, shown))
+    ax.minorticks_off()
+
+
+@_house_style
+def noise_curves(summary: pd.DataFrame, metric: str, label: str) -> Figure:
+    """A measure over the level of noise in training: training targets across, latents down, a line for each arm and β."""
+    table = _labelled(summary)
+    figure, axes, cells = _noise_panels(table, "target", TARGET_LABELS)
+    colours = _colours(table)
+    for ax, target, latent_dim in cells:
+        shown = table[(table["target"] == target) & (table["latent_dim"] == latent_dim)]
+        _draw_series(ax, shown, "train_noise", metric, colours)
+    _label_edges(axes, _words("train_noise"), textwrap.fill(label, 30))
+    _title(figure, "Noise in training: what it costs, and what the target changes")
+    _legend(figure, _handles(colours, marker="o"))
+    return figure
 
 
 # Rate and distortion
@@ -172,10 +255,7 @@ def _draw_rate_distortion(ax: Axes, table: pd.DataFrame, colours: dict, markers:
                 _cross(ax, point, "test/kl", "test/reconstruction", colours[point["series"]], markers[l2])
     plain = table[table["arm"] == "ae"]
     for _, row in plain[plain["l2"] == plain["l2"].min()].head(1).iterrows():
-        ax.axhline(row["test/reconstruction"], color=colours[row["series"]], linewidth=1.4)
-        if math.isfinite(row["test/reconstruction low"]):
-            span = (row["test/reconstruction low"], row["test/reconstruction high"])
-            ax.axhspan(*span, color=colours[row["series"]], alpha=0.15, linewidth=0.0)
+        _draw_level(ax, row, "test/reconstruction", colours)
 
 
 def _cross(ax: Axes, point: pd.Series, x: str, y: str, colour: Any, marker: str) -> None:
@@ -239,12 +319,11 @@ def robustness(summary: pd.DataFrame, pca: pd.DataFrame | None = None) -> Figure
     figure, axes, cells = _noise_panels(table)
     colours = _colours(table)
     for ax, kind, latent_dim in cells:
-        shown = table[(table["noise"] == kind) & (table["latent_dim"] == latent_dim)].sort_values("level")
+        shown = table[(table["noise"] == kind) & (table["latent_dim"] == latent_dim)]
         if pca is not None:
             line = pca[(pca["noise"] == kind) & (pca["latent_dim"] == latent_dim)].sort_values("level")
             ax.plot(line["level"], line["mse_clean"], color=GREY, linestyle="--", marker=".", linewidth=1.3)
-        for series, curve in shown.groupby("series", sort=False):
-            _line(ax, curve, "level", "mse_clean", colours[series], marker="o", markersize=4)
+        _draw_series(ax, shown, "level", "mse_clean", colours)
     _label_edges(axes, "noise level", "squared error\nper dimension")
     _title(figure, "Error on corrupted inputs, measured against the clean ones")
     pca_handle = [] if pca is None else [Line2D([], [], color=GREY, linestyle="--", marker=".", label="PCA")]
@@ -268,12 +347,14 @@ def paired_differences(paired: pd.DataFrame) -> Figure:
     return figure
 
 
-def _noise_panels(table: pd.DataFrame) -> tuple[Figure, np.ndarray, list[tuple[Axes, str, Any]]]:
-    kinds, latent_dims = list(table["noise"].unique()), sorted(table["latent_dim"].unique())
+def _noise_panels(
+    table: pd.DataFrame, across: str = "noise", labels: dict[str, str] = NOISE_LABELS
+) -> tuple[Figure, np.ndarray, list[tuple[Axes, str, Any]]]:
+    kinds, latent_dims = list(table[across].unique()), sorted(table["latent_dim"].unique())
     figure, axes = _panels(len(latent_dims), len(kinds), height=2.2, sharey="row")
     cells = [(axes[r, c], kind, dim) for r, dim in enumerate(latent_dims) for c, kind in enumerate(kinds)]
     for ax, kind, latent_dim in cells:
-        ax.set_title(f"{NOISE_LABELS.get(kind, kind)}, {_latents(latent_dim)}")
+        ax.set_title(f"{labels.get(kind, kind)}, {_latents(latent_dim)}")
     return figure, axes, cells
 
 
@@ -287,6 +368,31 @@ def _dodged(ax: Axes, table: pd.DataFrame, colours: dict) -> None:
         x = curve["level"] + (index - (len(colours) - 1) / 2) * step
         ax.errorbar(x, curve["difference"], yerr=spread, color=colour, marker="o", markersize=4, linewidth=0.9, elinewidth=1.6)
     ax.set_xticks(levels)
+
+
+# PCA
+
+
+@_house_style
+def pca_curve(pca: pd.DataFrame, models: pd.DataFrame) -> Figure:
+    """Variance that each principal component explains, and all up to it; and PCA's error beside that of models as wide."""
+    table = _labelled(models)
+    colours = _colours(table)
+    figure, axes = _panels(1, 2, height=3.2)
+    axes[0, 0].plot(pca["components"], pca["variance_ratio"].cumsum(), color=GREY, label="all up to this one")
+    axes[0, 0].plot(pca["components"], pca["variance_ratio"], color=GREY, linestyle="--", label="each component")
+    axes[0, 0].legend(loc="best")
+    axes[0, 1].plot(pca["components"], pca["mse"], color=GREY)
+    for index, (series, colour) in enumerate(colours.items()):
+        shown = table[table["series"] == series].sort_values("latent_dim")
+        beside = shown.assign(place=shown["latent_dim"] * 1.04 ** (index - (len(colours) - 1) / 2))  # or markers would overlap
+        _count_line(axes[0, 1], beside, "place", "mse", colour, 0.0, "o")
+    for ax, label in zip(axes.flat, ("share of variance explained", "squared error per dimension"), strict=True):
+        ax.set(ylabel=label, xlabel="principal components, or latents", ylim=(0, None))
+        _axis_of_levels(ax, [2.0**power for power in range(int(pca["components"].max()).bit_length())])
+    _title(figure, "PCA: variance explained and error, beside models of as many latents")
+    _legend(figure, [Line2D([], [], color=GREY, label="PCA"), *_handles(colours, marker="o")])
+    return figure
 
 
 # Pruning
@@ -415,22 +521,89 @@ def _draw_heat(ax: Axes, table: pd.DataFrame, metric: str, limits: tuple[float, 
     kept = table.dropna(subset=[metric])
     kept = kept.assign(column=kept["beta"].fillna(-1.0))
     grid = kept.pivot_table(index="l2", columns="column", values=metric, sort=True).iloc[::-1]
-    names = ["AE" if beta < 0 else number(beta) for beta in grid.columns]
-    options = {
-        "cmap": "crest",
-        "annot_kws": {"size": 8},
-        "linewidths": 1.5,
-        "cbar": False,
-        "vmin": limits[0],
-        "vmax": limits[1],
-    }
-    texts = grid.map(lambda value: "" if math.isnan(value) else _short(value))
-    sns.heatmap(grid, annot=texts, fmt="", ax=ax, xticklabels=names, yticklabels=[number(l2) for l2 in grid.index], **options)
+    _draw_grid(ax, grid.rename(columns=lambda beta: "AE" if beta < 0 else number(beta), index=number), "crest", limits)
+
+
+def _draw_grid(ax: Axes, grid: pd.DataFrame, colour_map: str, limits: tuple[float, float], digits: int = 3) -> None:
+    options = {"annot_kws": {"size": 8}, "linewidths": 1.5, "cbar": False, "vmin": limits[0], "vmax": limits[1]}
+    texts = grid.map(lambda value: "" if math.isnan(value) else _short(value, digits))
+    sns.heatmap(grid, annot=texts, fmt="", ax=ax, cmap=colour_map, xticklabels=True, yticklabels=True, **options)
     ax.tick_params(length=0, rotation=0)
     ax.grid(False)
 
 
-# Pictures of one cell
+@_house_style
+def outlier_map(summary: pd.DataFrame, x: str, y: str, metric: str, label: str) -> Figure:
+    """Means of a metric over two axes of the data: a row for each arm, with the plain AE, the arm, and the arm minus the AE."""
+    table = _labelled(summary)
+    grids = {series: _grid_of(table[table["series"] == series], x, y, metric) for series in _colours(table)}
+    plain = grids.pop(ARM_LABELS["ae"])
+    figure, axes = _panels(len(grids), 3, height=2.7)
+    limits, most = _range(table[metric]), max(float(np.nanmax(abs(grid - plain))) for grid in grids.values())
+    for row, (name, grid) in zip(axes, grids.items(), strict=True):
+        for ax, shown, title in zip(row, (plain, grid), (ARM_LABELS["ae"], name), strict=False):
+            _draw_grid(ax, shown, "crest", limits)
+            ax.set_title(title)
+        _draw_grid(row[2], grid - plain, "vlag", (-most, most), digits=2)
+        row[2].set_title(f"{name} minus {ARM_LABELS['ae']}")
+    _label_edges(axes, _words(x), _words(y))
+    _title(figure, f"{label} over {_words(x)} and {_words(y)}, as means over seeds")
+    return figure
+
+
+def _grid_of(table: pd.DataFrame, x: str, y: str, metric: str) -> pd.DataFrame:
+    grid = table.pivot_table(index=y, columns=x, values=metric, sort=True).iloc[::-1]
+    return grid.rename(columns=_key, index=_key)
+
+
+# Claims
+
+
+@_house_style
+def ledger(claims: pd.DataFrame) -> Figure:
+    """Every claim's effect with its 95% interval, scaled so that the far end of the interval is at 1 or −1; by source.
+
+    The numbers stand on the right. Claims without one of the three verdicts, such as those not run, are left out.
+    """
+    claims = claims[claims["verdict"].isin(VERDICT_COLOURS)]
+    claims = claims.assign(group=pd.factorize(claims["source"])[0]).sort_values("group", kind="stable")
+    claims["place"] = np.arange(len(claims)) + claims["group"] + 1  # a line above each group is its source's
+    lines = len(claims) + claims["group"].nunique()
+    figure, axes = _panels(1, 1, height=0.18 * lines + 0.5)
+    axes[0, 0].axvline(0, color="#444444", linewidth=1.0)
+    axes[0, 0].set(xlim=(-1.08, 1.08), ylim=(lines - 0.4, -0.6))
+    for claim in claims.itertuples():
+        _draw_claim(axes[0, 0], claim)
+    _label_claims(axes[0, 0], claims)
+    _label_edges(axes, "effect, scaled by its interval's far end", "claim")
+    _title(figure, "The claims: effects with 95% intervals")
+    figure.legend(handles=_handles(VERDICT_COLOURS, marker="o"), loc="outside upper right", ncols=3)
+    return figure
+
+
+def _label_claims(ax: Axes, claims: pd.DataFrame) -> None:
+    right = ax.secondary_yaxis("right")
+    ax.set_yticks(claims["place"], claims["id"])
+    right.set_yticks(claims["place"], [_effect(claim) for claim in claims.itertuples()])
+    right.spines[:].set_visible(False)
+    for side in (ax, right):
+        side.tick_params(axis="y", length=0)
+    heading = {"fontweight": "bold", "fontsize": 8.5, "va": "center", "backgroundcolor": "white"}
+    for source, place in claims.groupby("source", sort=False)["place"].min().items():
+        ax.text(-1.05, place - 1, textwrap.shorten(str(source), 70), **heading)
+
+
+def _draw_claim(ax: Axes, claim: Any) -> None:
+    scale, colour = max(abs(claim.low), abs(claim.high), 1e-300), VERDICT_COLOURS[claim.verdict]
+    ax.plot([claim.low / scale, claim.high / scale], [claim.place] * 2, color=colour, linewidth=2.2, solid_capstyle="butt")
+    ax.plot(claim.effect / scale, claim.place, "o", color=colour, markeredgecolor="white", markeredgewidth=0.6)
+
+
+def _effect(claim: Any) -> str:
+    return intervals.with_bounds(intervals.Interval(claim.effect, claim.low, claim.high, 0))
+
+
+# Pictures of cells
 
 
 @_house_style
@@ -466,6 +639,55 @@ def plane(inputs: np.ndarray, codes: np.ndarray, outputs: np.ndarray, title: str
 
 
 @_house_style
+def quadrant_lattice(cells: Sequence[dict[str, Any]], title: str = "") -> Figure:
+    """Data of two dimensions: codes and reconstructions of cells over arm (across) and λ (up), beside the input.
+
+    Points are coloured by the input's quadrant. All reconstructions lie in one frame with the input; codes have a frame each,
+    at least 0.2 wide, so that a collapsed code is a dot.
+    """
+    columns = list(dict.fromkeys(cell["column"] for cell in cells))
+    rows = sorted({float(cell["l2"]) for cell in cells}, reverse=True)
+    ratios = [*[1, 1, 0.15] * len(columns), 1]
+    figure, axes = _panels(len(rows), len(ratios), height=8.8 / sum(ratios), width_ratios=ratios)
+    figure.get_layout_engine().set(w_pad=0.02, wspace=0.0)
+    for ax in axes.flat:
+        _no_ticks(ax, "", "")
+    framed = [_lattice_panel(axes[0, -1], cells[0]["x"], cells[0]["x"])]
+    for cell in cells:
+        row, column = rows.index(cell["l2"]), 3 * columns.index(cell["column"])
+        _own_frame(_lattice_panel(axes[row, column], cell["codes"], cell["x"]), cell["codes"])
+        framed.append(_lattice_panel(axes[row, column + 1], cell["reconstructions"], cell["x"]))
+    _same_frame(*framed)
+    _label_lattice(axes, columns, rows)
+    _title(figure, title or "Latent codes and reconstructions over β and λ, coloured by the input's quadrant")
+    return figure
+
+
+def _lattice_panel(ax: Axes, points: np.ndarray, inputs: np.ndarray) -> Axes:
+    _quadrant_scatter(ax, points, inputs, "", size=1.6)
+    _no_ticks(ax, "", "")
+    ax.spines[:].set(visible=True, color="#bbbbbb")
+    return ax
+
+
+def _own_frame(ax: Axes, codes: np.ndarray) -> None:
+    middle = (codes.min(axis=0) + codes.max(axis=0)) / 2
+    half = max(0.1, 1.08 * np.ptp(codes, axis=0).max() / 2)
+    for dimension, place in zip("xy", middle, strict=False):
+        ax.set(**{f"{dimension}lim": (place - half, place + half)})
+
+
+def _label_lattice(axes: np.ndarray, columns: Sequence[str], rows: Sequence[float]) -> None:
+    axes[0, -1].set_title("input")
+    for index, label in enumerate(columns):
+        axes[0, 3 * index].set_title(label, x=1.05)  # over both panels
+        axes[-1, 3 * index].set_xlabel("code")
+        axes[-1, 3 * index + 1].set_xlabel("decoded")
+    for ax, l2 in zip(axes[:, 0], rows, strict=True):
+        ax.set_ylabel(f"λ = {number(l2)}")
+
+
+@_house_style
 def latent_scatter(codes: np.ndarray, labels: np.ndarray | None = None, names: Sequence[str] | None = None) -> Figure:
     """Codes coloured by label: one latent as strips, two as they are, more on their first two principal components."""
     figure, axes = _panels(1, 1, height=4.4, width=5.6)
@@ -473,17 +695,36 @@ def latent_scatter(codes: np.ndarray, labels: np.ndarray | None = None, names: S
     labels = np.zeros(len(codes), dtype=int) if labels is None else np.asarray(labels).astype(int)
     names = names or [str(label) for label in range(labels.max(initial=0) + 1)]
     shown, x, y = _shown_codes(codes, labels)
-    colours = sns.color_palette("colorblind", max(1, len(names)))
-    for label in np.unique(labels):
-        rows = labels == label
-        ax.plot(*shown[rows].T, ".", color=colours[label], markersize=3.5, alpha=0.7, label=names[label])
+    _class_scatter(ax, shown, labels, _class_colours(names), size=3.5)
     if codes.shape[1] == 1:
         ax.set_yticks(np.unique(labels), [names[label] for label in np.unique(labels)])
     elif len(np.unique(labels)) > 1:
-        figure.legend(loc="outside right center", markerscale=2.5, handletextpad=0)
+        _legend(figure, _handles(_class_colours(names), marker="o", linestyle=""))
     _label_edges(axes, x, y)
     _title(figure, "Codes of the test set")
     return figure
+
+
+@_house_style
+def latent_spaces(spaces: Sequence[tuple[str, np.ndarray, np.ndarray]], names: Sequence[str]) -> Figure:
+    """Spaces of two latents beside each other, coloured by class; a space is its title, codes and labels."""
+    figure, axes = _wrapped(len(spaces), "latent 0", "latent 1", height=2.6)
+    for ax, (title, codes, labels) in zip(axes, spaces, strict=True):
+        _class_scatter(ax, codes, labels, _class_colours(names), size=2.0)
+        ax.set_title(title)
+        ax.set_box_aspect(1)
+    _title(figure, "Latent spaces, coloured by class")
+    _legend(figure, _handles(_class_colours(names), marker="o", linestyle=""))
+    return figure
+
+
+def _class_colours(names: Sequence[str]) -> dict[str, Any]:
+    return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+
+
+def _class_scatter(ax: Axes, points: np.ndarray, labels: np.ndarray, colours: dict[str, Any], size: float) -> None:
+    for label, colour in enumerate(colours.values()):
+        ax.plot(*points[labels == label].T, ".", color=colour, markersize=size, alpha=0.7)
 
 
 @_house_style
@@ -499,10 +740,24 @@ def manifold(outputs: np.ndarray, image_shape: Sequence[int] | None = None) -> F
         axes[0, 0].set_aspect("equal")
     else:
         figure, axes = _panels(1, 1, height=5.0, width=5.0)
-        shares = f"{MANIFOLD_SHARES[0]:g} to {MANIFOLD_SHARES[1]:g}"
-        axes[0, 0].imshow(_mosaic(outputs, image_shape, side), cmap="gray_r", aspect="equal")
-        _no_ticks(axes[0, 0], f"latent 0, prior quantiles {shares}", f"latent 1, prior quantiles {shares}")
+        words = [f"latent {k}, prior quantiles {MANIFOLD_SHARES[0]:g} to {MANIFOLD_SHARES[1]:g}" for k in (0, 1)]
+        _show(axes[0, 0], outputs, image_shape, side, *words)
     _title(figure, "The decoder's manifold under the prior")
+    return figure
+
+
+@_house_style
+def boot_axes(outputs: np.ndarray, image_shape: Sequence[int], x: str, y: str) -> Figure:
+    """What the decoder makes of `manifold_codes` in two of its latents, and what these two stand for in words."""
+    side = math.isqrt(len(outputs))
+    figure, axes = _panels(1, 1, height=5.0, width=5.4)
+    ax, labels = axes[0, 0], [f"{value:.1f}".replace("-", "−") for value in manifold_codes(side)[:side, 0].round(1) + 0.0]
+    _show(ax, outputs, image_shape, side, x, y)
+    shown = slice(None, None, math.ceil(side / 10))  # or the labels would touch
+    ax.set_xticks(_middles(side, image_shape[-1])[shown], labels[shown])
+    ax.set_yticks(_middles(side, image_shape[-2])[shown], labels[::-1][shown])
+    ax.tick_params(length=0)
+    _title(figure, "Decoded boots over two latents")
     return figure
 
 
@@ -522,9 +777,42 @@ def samples(outputs: np.ndarray, image_shape: Sequence[int] | None = None) -> Fi
         _label_edges(axes, "dimension 0", "dimension 1")
     else:
         figure, axes = _panels(1, 1, height=4.2, width=4.2)
-        axes[0, 0].imshow(_mosaic(outputs, image_shape, math.isqrt(len(outputs))), cmap="gray_r", aspect="equal")
-        _no_ticks(axes[0, 0], "decoded draws from N(0, I)", "")
+        _show(axes[0, 0], outputs, image_shape, math.isqrt(len(outputs)), "decoded draws from N(0, I)")
     _title(figure, "Samples from the prior")
+    return figure
+
+
+@_house_style
+def sample_sheets(
+    sheets: Sequence[tuple[str, np.ndarray]],
+    image_shape: Sequence[int],
+    title: str = "Samples from the prior",
+    x: str = "decoded draws from N(0, I)",
+    y: str = "",
+) -> Figure:
+    """Square sheets of decoded images, such as samples or manifolds, one a model, beside each other."""
+    figure, axes = _wrapped(len(sheets), "", height=3.05)
+    for ax, (name, outputs) in zip(axes, sheets, strict=True):
+        _show(ax, outputs, image_shape, math.isqrt(len(outputs)), x, y)
+        ax.set_title(name)
+    _title(figure, title)
+    return figure
+
+
+@_house_style
+def interpolations(rows: Sequence[tuple[str, np.ndarray]], image_shape: Sequence[int]) -> Figure:
+    """Decoded steps from one code to another, a row each; rows of one label, a model, lie together."""
+    models = {label: [images for name, images in rows if name == label] for label, _ in rows}
+    steps, heights = len(rows[0][1]), [len(of_model) for of_model in models.values()]
+    figure, axes = _panels(len(models), 1, height=(0.54 * len(rows) + 0.4) / len(models), width=7.0, height_ratios=heights)
+    for ax, (label, of_model) in zip(axes.flat, models.items(), strict=True):
+        _show(ax, np.concatenate(of_model), image_shape, steps)
+        ax.set_anchor("W")
+        ax.set_yticks([len(of_model) * image_shape[-2] / 2], [label])
+        ax.tick_params(length=0)
+    axes[-1, 0].set_xticks(_middles(steps, image_shape[-1]), [number(round(step / (steps - 1), 2)) for step in range(steps)])
+    axes[-1, 0].set_xlabel("share of the way from one image's code to the other's")
+    _title(figure, "Interpolations between codes of test images")
     return figure
 
 
@@ -536,13 +824,22 @@ def _image_pairs(inputs: np.ndarray, outputs: np.ndarray, image_shape: Sequence[
     for row, ax in enumerate(axes.flat):
         chosen = slice(row * across, (row + 1) * across)
         both = np.concatenate([inputs[chosen], outputs[chosen]])
-        ax.imshow(_mosaic(both, image_shape, across), cmap="gray_r", vmin=0, vmax=1, aspect="equal")
-        _no_ticks(ax, "", "")
+        _show(ax, both, image_shape, across)
         ax.set_yticks([0.5 * image_shape[-2], 1.5 * image_shape[-2]], ["input", "decoded"])
         ax.tick_params(length=0)
     axes[-1, 0].set_xlabel("test images, each above its reconstruction")
     _title(figure, "Inputs and their reconstructions")
     return figure
+
+
+def _show(ax: Axes, images: np.ndarray, image_shape: Sequence[int], across: int, x: str = "", y: str = "") -> None:
+    ax.imshow(_mosaic(images, image_shape, across), cmap=GREYS, vmin=0, vmax=1, interpolation="nearest")
+    _no_ticks(ax, x, y)
+
+
+def _middles(tiles: int, size: int) -> np.ndarray:
+    """Of the tiles of a mosaic along one axis."""
+    return (np.arange(tiles) + 0.5) * size - 0.5
 
 
 def _mosaic(images: np.ndarray, image_shape: Sequence[int], across: int) -> np.ndarray:
@@ -552,7 +849,7 @@ def _mosaic(images: np.ndarray, image_shape: Sequence[int], across: int) -> np.n
     return tiles.swapaxes(1, 2).reshape(down * height, across * width)
 
 
-def _quadrant_scatter(ax: Axes, points: np.ndarray, inputs: np.ndarray, name: str) -> None:
+def _quadrant_scatter(ax: Axes, points: np.ndarray, inputs: np.ndarray, name: str, size: float = 3.0) -> None:
     middle = (inputs.min(axis=0) + inputs.max(axis=0)) / 2
     quadrant = (inputs > middle) @ np.array([1, 2])
     flat = points.shape[1] == 1
@@ -560,7 +857,7 @@ def _quadrant_scatter(ax: Axes, points: np.ndarray, inputs: np.ndarray, name: st
         points = np.column_stack([points[:, 0], _spread(len(points))])
         ax.set_yticks([])
     for index, colour in enumerate(sns.color_palette("colorblind", 4)):
-        ax.plot(*points[quadrant == index, :2].T, ".", color=colour, markersize=3, alpha=0.7)
+        ax.plot(*points[quadrant == index, :2].T, ".", color=colour, markersize=size, alpha=0.7)
     ax.set_title(name)
     ax.set_xlabel(f"{name} 0")
     ax.set_ylabel("(spread to be seen)" if flat else f"{name} 1")
@@ -596,12 +893,25 @@ def _spread(count: int) -> np.ndarray:
 # Shared parts
 
 
-def _panels(rows: int, columns: int, height: float, width: float = 9.0, sharey: Any = False) -> tuple[Figure, np.ndarray]:
+def _panels(rows: int, columns: int, height: float, width: float = 9.0, **options: Any) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(width, height * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
         ax.locator_params(nbins=6)
     return figure, axes
+
+
+def _wrapped(count: int, x: str, y: str | None = None, *, height: float, across: int = 3) -> tuple[Figure, list[Axes]]:
+    """Panels in even rows of up to `across`, with x below the lowest of each column."""
+    rows = math.ceil(count / across)
+    columns = math.ceil(count / rows)
+    figure, axes = _panels(rows, columns, height)
+    for ax in axes.flat[count:]:
+        ax.set_visible(False)
+    _label_edges(axes, x, y)
+    for ax in axes.flat[count - columns : count]:
+        ax.set_xlabel(x)
+    return figure, list(axes.flat[:count])
 
 
 def _title(figure: Figure, text: str) -> None:
@@ -623,19 +933,22 @@ def _line(ax: Axes, table: pd.DataFrame, x: str, y: str, colour: Any, **options:
     ax.fill_between(table[x], table[f"{y} low"], table[f"{y} high"], color=colour, alpha=0.15, linewidth=0.0)
 
 
-def _labelled(table: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(
-        series=[arm_label(arm, beta) for arm, beta in zip(table["arm"], table["beta"].astype(float), strict=True)]
-    )
+def _labelled(table: pd.DataFrame, besides: str | None = None) -> pd.DataFrame:
+    """With `series`, what a line is called: its arm and β; besides an axis, its latent dimension too, but not that axis."""
+    betas = table["beta"].astype(float) if besides != "beta" and "beta" in table else [math.nan] * len(table)
+    labels = [arm_label(arm, beta) for arm, beta in zip(table["arm"], betas, strict=True)]
+    if besides not in (None, "latent_dim") and "latent_dim" in table and table["latent_dim"].nunique() > 1:
+        labels = [f"{label}, {_latents(count)}" for label, count in zip(labels, table["latent_dim"], strict=True)]
+    return table.assign(series=labels)
 
 
 def _colours(table: pd.DataFrame) -> dict[str, Any]:
-    """A colour for each series of a labelled table, in the order of arms and β; a larger β is a darker shade."""
+    """A colour for each series of a labelled table, in the order of arms, β and latents; a larger β is a darker shade."""
+    order = table.sort_values([axis for axis in ("beta", "latent_dim") if axis in table], kind="stable")
     found = {}
     for arm, base in ARM_COLOURS.items():
-        betas = sorted(set(table.loc[table["arm"] == arm, "beta"].astype(float).dropna())) or [math.nan]
-        if arm in set(table["arm"]):
-            found |= dict(zip([arm_label(arm, beta) for beta in betas], _shades(base, len(betas)), strict=True))
+        series = order.loc[order["arm"] == arm, "series"].unique()
+        found |= dict(zip(series, _shades(base, len(series)), strict=True))
     return found
 
 
@@ -656,8 +969,9 @@ def _key(value: Any) -> str:
     return number(float(value)) if isinstance(value, (int, float, np.number)) else str(value)
 
 
-def _handles(colours: dict[str, Any], marker: str | None = None) -> list[Line2D]:
-    return [Line2D([], [], color=colour, label=label, marker=marker, markersize=4) for label, colour in colours.items()]
+def _handles(colours: dict[str, Any], marker: str | None = None, **options: Any) -> list[Line2D]:
+    options |= {"marker": marker, "markersize": 4}
+    return [Line2D([], [], color=colour, label=label, **options) for label, colour in colours.items()]
 
 
 def _markers(values: Iterable[float]) -> dict[float, str]:
@@ -687,13 +1001,13 @@ def _latents(count: Any) -> str:
 
 
 def _words(name: str | None) -> str | None:
-    return None if name is None else name.replace("_", " ")
+    return None if name is None else AXIS_WORDS.get(name, name.replace("_", " "))
 
 
-def _short(value: float) -> str:
+def _short(value: float, digits: int = 3) -> str:
     if abs(value) < 1e-8:
         return "0"
-    return number(float(f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1g}"))
+    return number(float(f"{value:.{digits}g}" if abs(value) >= 1e-3 else f"{value:.1g}")).replace("-0", "−0")
 
 
 def _range(values: Iterable[float]) -> tuple[float, float]:

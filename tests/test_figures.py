@@ -79,9 +79,36 @@ def _counts() -> pd.DataFrame:
     return _summary(["active_units", "elbow_kl"], manifold_dim=[1, 2, 3])
 
 
+def _claims() -> pd.DataFrame:
+    columns = ["id", "source", "verdict", "effect", "low", "high"]
+    rows = [
+        ("a", "first", "supported", 2.0, 1.0, 3.0),
+        ("b", "second", "contradicted", -2e-5, -5e-5, 1e-5),
+        ("c", "first", "undecided", 0.5, math.nan, math.nan),
+        ("d", "third", "not run", math.nan, math.nan, math.nan),
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _lattice(latents: int) -> list[dict]:
+    settings = [(column, l2) for column in ("plain AE", "VAE, β = 1") for l2 in (0, 0.1, 0.25)]
+    codes = POINTS[:, :latents]
+    return [{"column": c, "l2": l2, "x": POINTS, "codes": codes * 1e-9, "reconstructions": 0.5 * POINTS} for c, l2 in settings]
+
+
+def _spectrum(components: int) -> pd.DataFrame:
+    share = 0.5 ** np.arange(1, components + 1)
+    return pd.DataFrame({"components": np.arange(1, components + 1), "variance_ratio": share, "mse": share})
+
+
+def _outliers() -> pd.DataFrame:
+    return _summary(["mse"], outlier_ratio=[0, 0.1, 0.2], manifold_dim=[1, 2])
+
+
 MEASURES = {"active_units": "active units", "elbow_kl": "elbow of KL"}
 POINTS, IMAGES = RNG.uniform(-1, 1, (64, 2)), RNG.random((64, 30))
 LABELS = np.arange(64) % 3
+SPACES = [("PCA", POINTS, LABELS), ("plain AE", 3 * POINTS, LABELS % 2)]
 DRAWINGS: dict[str, Callable[[], Figure]] = {
     "training": lambda: figures.training_curves(_training(4), ["setting"]),
     "training, one panel": lambda: figures.training_curves(_training(1), ["setting"]),
@@ -111,6 +138,21 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "manifold, images": lambda: figures.manifold(IMAGES, (5, 6)),
     "samples, plane": lambda: figures.samples(POINTS),
     "samples, images": lambda: figures.samples(IMAGES, (5, 6)),
+    "measures over β": lambda: figures.measure_over(_rates((0.0,)), "beta", {"test/mse": "squared error", "test/kl": "KL"}),
+    "measures over λ": lambda: figures.measure_over(_rates((0, 0.1)), "l2", {"test/mse": "squared error"}, "What λ does"),
+    "measures over arms": lambda: figures.measure_over(_rates((0.0,)), "arm", {"test/mse": "squared error"}),
+    "noise curves": lambda: figures.noise_curves(
+        _summary(["mse"], target=["clean", "noisy"], latent_dim=[2, 8], train_noise=[0, 0.1]), "mse", "squared error"
+    ),
+    "PCA": lambda: figures.pca_curve(_spectrum(20), _summary(["mse"], latent_dim=[2, 8])),
+    "outliers": lambda: figures.outlier_map(_outliers(), "outlier_ratio", "manifold_dim", "mse", "Squared error"),
+    "ledger": lambda: figures.ledger(_claims()),
+    "lattice, one latent": lambda: figures.quadrant_lattice(_lattice(1)),
+    "lattice, two latents": lambda: figures.quadrant_lattice(_lattice(2)),
+    "latent spaces": lambda: figures.latent_spaces(SPACES, ["a", "b", "c"]),
+    "boots": lambda: figures.boot_axes(IMAGES, (5, 6), "latent 3: heel", "latent 0: shaft"),
+    "sheets of images": lambda: figures.sample_sheets([("AE", IMAGES), ("VAE", IMAGES[:9])], (1, 5, 6)),
+    "interpolations of images": lambda: figures.interpolations([("AE", IMAGES[:11])] * 2 + [("VAE", IMAGES[:11])], (5, 6)),
 }
 
 
@@ -123,7 +165,7 @@ def test_a_figure_says_what_its_axes_are(name: str):
     assert any(ax.get_ylabel() for ax in axes) or "images" in name
 
 
-@pytest.mark.parametrize("name", ["rate-distortion with trials", "latents, many", "heat map"])
+@pytest.mark.parametrize("name", ["rate-distortion with trials", "latents, many", "heat map", "ledger", "boots", "PCA"])
 def test_equal_data_give_equal_bytes_whatever_the_users_style(name: str, tmp_path: Path):
     figures.save(DRAWINGS[name](), tmp_path / "first.png")
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black", "figure.dpi": 50, "axes.grid": False}):
@@ -167,3 +209,73 @@ def test_principal_components_do_not_flip_when_the_codes_do_not():
 @pytest.mark.parametrize(("value", "text"), [(1e-5, "1e-5"), (1.0, "1"), (0.25, "0.25"), (2e10, "2e10"), (0.0005, "0.0005")])
 def test_settings_are_written_short(value: float, text: str):
     assert figures.number(value) == text
+
+
+def test_the_ledger_shows_what_was_decided_by_source_with_its_numbers():
+    ax = figures.ledger(_claims()).axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "c", "b"]
+    assert [text.get_text() for text in ax.texts] == ["first", "second"]
+    assert [label.get_text() for label in ax.child_axes[0].get_yticklabels()] == [
+        "2.0 [1.0, 3.0]",
+        "0.5",
+        "(−2.0 [−5.0, 1.0]) × 10⁻⁵",
+    ]
+    ends = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) == 2 and line.get_color() != "#444444"]
+    np.testing.assert_allclose(ends, [[1 / 3, 1], [math.nan] * 2, [-1, 0.2]])
+
+
+@pytest.mark.parametrize(
+    ("levels", "scale", "left"),
+    [
+        ([0, 0.1, 0.3, 0.5], "linear", None),
+        ([0.25, 1, 4], "log", None),
+        ([0, 1e-3, 0.02, 0.25], "log", 0),
+        ([0.0], "linear", None),
+    ],
+)
+def test_levels_far_from_even_are_on_a_log_scale_with_zero_at_the_left_edge(levels: list, scale: str, left: float | None):
+    ax = Figure().subplots()
+    ax.plot(levels, levels)
+    figures._axis_of_levels(ax, [float(level) for level in levels])
+    assert ax.get_xscale().removeprefix("sym") == scale
+    assert left is None or ax.get_xlim()[0] == left
+    assert list(ax.get_xticks()) == levels
+
+
+def test_a_setting_without_a_value_of_the_axis_is_a_horizontal_line():
+    ax = DRAWINGS["measures over β"]().axes[0]
+    level = [line for line in ax.lines if set(line.get_xdata()) == {0, 1} and len(set(line.get_ydata())) == 1]
+    assert len(level) == 2  # the plain AE of two latents, and that of eight
+
+
+def test_a_difference_map_is_centred_at_zero():
+    maps = [ax.collections[0] for ax in DRAWINGS["outliers"]().axes]
+    assert len(maps) == 3 * 3
+    for plain, arm, difference in zip(maps[::3], maps[1::3], maps[2::3], strict=True):
+        np.testing.assert_allclose(difference.get_array(), arm.get_array() - plain.get_array())
+        assert difference.norm.vmin == -difference.norm.vmax < 0
+
+
+def test_a_lattice_shows_shrinkage_and_collapse():
+    figure = DRAWINGS["lattice, two latents"]()
+    axes = np.reshape(figure.axes, (3, 7))
+    framed = [axes[0, 6], *axes[:, 1], *axes[:, 4]]
+    assert len({(*ax.get_xlim(), *ax.get_ylim()) for ax in framed}) == 1  # the input's frame, for all reconstructions
+    assert all(np.ptp(ax.get_xlim()) >= 0.2 for ax in axes[:, [0, 3]].flat)
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["λ = 0.25", "λ = 0.1", "λ = 0"]
+
+
+def test_interpolations_of_one_model_lie_together():
+    axes = DRAWINGS["interpolations of images"]().axes
+    assert [ax.images[0].get_array().shape for ax in axes] == [(2 * 5, 11 * 6), (5, 11 * 6)]
+    assert [ax.get_yticklabels()[0].get_text() for ax in axes] == ["AE", "VAE"]
+
+
+def test_large_pictures_stay_small_files(tmp_path: Path):
+    noise = RNG.random((225, 28, 28)).cumsum(axis=2)  # smooth along one direction, as images are; noise along the other
+    sheets = [(f"model {k}", (noise / noise.max()).reshape(225, -1)) for k in range(2)]
+    figures.save(figures.sample_sheets(sheets, (28, 28)), tmp_path / "sheets.png")
+    figures.save(
+        figures.ledger(pd.concat([_claims().assign(source=f"source {k}") for k in range(24)])), tmp_path / "ledger.png"
+    )
+    assert max(path.stat().st_size for path in tmp_path.iterdir()) < 150 * 1024
