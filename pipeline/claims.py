@@ -162,10 +162,9 @@ def _by_seed(metrics: list[str], rows: pd.DataFrame) -> pd.Series:
 
 def _side_label(test: config.Test, number: int) -> str:
     """What this side alone chooses, or the metric."""
-    if not isinstance(test, config.Compared):
-        return str(test.metric)
-    side = test.sides[number]
-    return ", ".join(str(value) for key in test.against for value in [side.get(key, "this study")])
+    keys = test.against if isinstance(test, config.Compared) else ["metric"]
+    chosen = (config.choices(test.sides[number].get(key, "this study")) for key in keys)
+    return ", ".join(str(value) for values in chosen for value in values)
 
 
 # Kinds of tests

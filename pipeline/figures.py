@@ -12,7 +12,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 import pandas as pd
@@ -601,6 +601,45 @@ def _draw_claim(ax: Axes, claim: Any) -> None:
 
 def _effect(claim: Any) -> str:
     return intervals.with_bounds(intervals.Interval(claim.effect, claim.low, claim.high, 0))
+
+
+class ClaimPanel(NamedTuple):
+    """What decides a claim: a measure of each seed on each side or level, and the numbers it is held against."""
+
+    id: str
+    verdict: str
+    measure: str
+    axis: str
+    sides: Sequence[str]
+    values: np.ndarray  # [side, seed]
+    limits: Sequence[float]
+
+
+@_house_style
+def claim_panels(claims: Sequence[ClaimPanel]) -> Figure:
+    """A panel a claim: its seeds as thin lines from side to side, their means with 95% intervals, its bounds dashed."""
+    figure, axes = _wrapped(len(claims), "", height=2.5)
+    for ax, claim in zip(axes, claims, strict=True):
+        _draw_sides(ax, claim)
+        ax.set_title(f"{claim.id}: {claim.verdict}", color=VERDICT_COLOURS[claim.verdict])
+        ax.set_ylabel(textwrap.fill(claim.measure, 28), fontsize=8.5)
+        ax.set_xlabel(claim.axis)
+    _title(figure, "What decides the claims")
+    return figure
+
+
+def _draw_sides(ax: Axes, claim: ClaimPanel) -> None:
+    places, colour = np.arange(len(claim.sides)), VERDICT_COLOURS[claim.verdict]
+    width = 0.25 if len(places) == 1 else 0.0  # no lines tell the seeds of a lone side apart
+    for shift, seed in zip(np.linspace(-width, width, claim.values.shape[1]), claim.values.T, strict=True):
+        ax.plot(places + shift, seed, color="#bbbbbb", linewidth=0.8, marker=".", markersize=4, zorder=1.5)
+    found = [intervals.seed_interval(side) for side in claim.values]
+    spread = [np.nan_to_num(interval.half_width) for interval in found]
+    ax.errorbar(places, [interval.mean for interval in found], yerr=spread, color=colour, marker="o", linewidth=1.6, zorder=3)
+    for limit in claim.limits:
+        ax.axhline(limit, color="#444444", linestyle="--", linewidth=1.0)
+    ax.set_xticks(places, [textwrap.fill(side, 16) for side in claim.sides])
+    ax.set_xlim(-0.5, len(places) - 0.5)
 
 
 # Pictures of cells

@@ -279,3 +279,15 @@ def test_large_pictures_stay_small_files(tmp_path: Path):
         figures.ledger(pd.concat([_claims().assign(source=f"source {k}") for k in range(24)])), tmp_path / "ledger.png"
     )
     assert max(path.stat().st_size for path in tmp_path.iterdir()) < 150 * 1024
+
+
+def test_a_claims_panel_shows_its_seeds_its_verdict_and_its_bound():
+    values = np.random.default_rng(0).random((1, 6))
+    panels = [
+        figures.ClaimPanel("a", "supported", "squared error", "β", ["0.1", "1"], np.repeat(values, 2, axis=0), []),
+        figures.ClaimPanel("b", "undecided", "silhouette", "", ["silhouette"], values, [0.0]),
+    ]
+    first, second = figures.claim_panels(panels).axes[:2]
+    assert first.get_title() == "a: supported" and [tick.get_text() for tick in first.get_xticklabels()] == ["0.1", "1"]
+    seeds = [line.get_ydata()[0] for line in second.lines[:6]]
+    assert sorted(seeds) == sorted(values[0]) and second.lines[-1].get_ydata()[0] == 0.0
