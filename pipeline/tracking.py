@@ -45,7 +45,6 @@ from pipeline.model import Autoencoder
 
 KEY = "run_key"
 PARENT = "parent"
-CLAIMS = "claims"  # ids with a blank on either side, so that `tags.claims LIKE '% id %'` finds one and no longer one
 WRITING = "RUNNING"
 
 SECONDS_TO_ANSWER = 5.0
@@ -702,9 +701,8 @@ def study_records(
     claims = claims_about(name)
     records = []
     for row in trained.manifest.to_dict("records"):
-        record = _cell_record(name, row, curves.get(row["cell_id"]), metrics.get(row["cell_id"], {}))
         named = dict.fromkeys(claim for claim, side in claims if chooses(side, row))
-        record = replace(record, tags={**record.tags, CLAIMS: "".join(f" {claim} " for claim in named)} if named else record.tags)
+        record = _cell_record(name, row, curves.get(row["cell_id"]), metrics.get(row["cell_id"], {}), named)
         records.append(_with_pictures(name, record, reconstruction))
     return parent, records
 
@@ -747,19 +745,27 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if not pd.isna(value)}
 
 
-def _cell_record(study: str, row: dict[str, Any], curves: pd.DataFrame | None, metrics: dict[str, float]) -> RunRecord:
+def _cell_record(
+    study: str, row: dict[str, Any], curves: pd.DataFrame | None, metrics: dict[str, float], claims: Iterable[str]
+) -> RunRecord:
     params = _params({column: value for column, value in row.items() if column not in RESULTS})
     kept = {"evaluated/validation_loss": row["validation_loss"], "evaluated/update": row["evaluated_update"]}
     return RunRecord(
         key=row["cell_id"],
         name=_name(params),
         params=params,
-        tags={"study": study, **_tags(row, "cell_id", "arm", "data_hash", "unconverged", "diverged_at")},
+        tags={"study": study, **_tags(row, "cell_id", "arm", "data_hash", "unconverged", "diverged_at"), **_claims_tag(claims)},
         curves=curves,
         metrics={**_numbers(kept), **metrics},
         step=int(row["updates"]),
         status=row["status"],
     )
+
+
+def _claims_tag(claims: Iterable[str]) -> dict[str, str]:
+    """Ids with a blank on either side, so that `tags.claims LIKE '% id %'` finds one, and none of which it is a part."""
+    ids = "".join(f" {claim} " for claim in claims)
+    return {"claims": ids} if ids else {}
 
 
 RESULTS = ("cell_id", "dataset", "data_hash", "status", "diverged_at", "evaluated_update", "validation_loss", "unconverged")

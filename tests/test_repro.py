@@ -38,7 +38,9 @@ def clone(tmp_path_factory):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile)(ROOT / name, folder / name)
     (folder / "configs" / "tiny.yaml").write_text(STUDY)
     (folder / "configs" / "hunt.yaml").write_text(SEARCH)
-    (folder / "params.yaml").write_text("studies: [tiny]\nsearches: {hunt: tiny}\nreports: reports\ndevice: cpu\nprecision: float32\n")
+    (folder / "params.yaml").write_text(
+        "{studies: [tiny], searches: {hunt: tiny}, reports: reports, device: cpu, precision: float32}"
+    )
     run(folder, "dvc", "config", "--local", "core.no_scm", "true")  # also what a downloaded archive needs
     run(folder, "dvc", "repro")
     return folder

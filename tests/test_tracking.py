@@ -33,6 +33,17 @@ from pipeline.tracking import MemoryTracker, MlflowTracker, ParentRecord, RunRec
 PARENT = ParentRecord("digits", "Real digits", {"study": "digits"})
 NAN = float("nan")
 
+STUDY = """
+title: Real digits
+data: {name: digits5k}
+model: {hidden: [8], likelihood: bernoulli}
+grid: {latent_dim: [8], arms: {vae: {beta: [0, 4]}, ae: {}}}
+train: {updates: 100}
+evaluate: {}
+claims:
+  - {id: rises, source: x, says: y, test: {kind: monotone, metric: test/mse, over: beta, direction: up, where: {arm: vae}}}
+  - {id: free, source: x, says: y, test: {kind: bound, metric: test/mse, above: 0, where: {beta: 0}}}
+"""
 FIRST_START = """
 import sys, time
 from pathlib import Path
@@ -69,7 +80,9 @@ def tracker(request, workspace) -> Tracker:
 @pytest.fixture
 def workspace(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "with a space"
-    folder.mkdir()
+    (folder / "configs").mkdir(parents=True)
+    (folder / "configs" / "digits.yaml").write_text(STUDY)
+    (folder / "params.yaml").write_text("studies: [digits]")
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
@@ -530,8 +543,14 @@ def test_a_cell_shows_only_the_params_that_apply(workspace):
         "ae manifold_dim=3 z8 λ=1e-05 σ²=learned seed 3",
     ]
     tags = {"study": "digits", "data_hash": "abc12", "unconverged": "false", "best": "false"}
-    assert plain.tags == {**tags, "cell_id": "00000000000000e1", "arm": "ae"}
+    assert plain.tags == {**tags, "cell_id": "00000000000000e1", "arm": "ae", "claims": " free "}
     assert (plain.key, plain.step, plain.status) == ("00000000000000e1", 30, "finished")
+
+
+def test_a_run_names_the_claims_that_it_is_about(workspace):
+    write_study(pd.DataFrame([cell("a"), cell("b", beta=0.0), cell("c", "ae", NAN)]))
+    _, (vae, free, plain) = tracking.study_records("digits")
+    assert [record.tags.get("claims") for record in (vae, free, plain)] == [" rises ", " rises  free ", " free "]
 
 
 def test_sigma2_is_a_number_also_beside_learned(workspace):
