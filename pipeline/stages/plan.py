@@ -113,17 +113,17 @@ def _copied_bytes(cells: list[Cell], data: Prepared | None) -> int:
 
 def _seconds(group: list[str], cells: dict[str, Cell], features: int, runtime: Runtime, traits: Traits) -> float:
     """Training time of one stack, from a few updates on random data after some to warm up."""
-    members = [dataclasses.replace(cells[key], dataset=0) for key in group]
-    config = members[0].train.model_copy(update={"updates": MEASURED_UPDATES, "history_points": 3})
+    budget = cells[group[0]].train
+    short = budget.model_copy(update={"updates": MEASURED_UPDATES, "history_points": 3})
+    members = [dataclasses.replace(cells[key], dataset=0, train=short) for key in group]
     x = torch.rand(MEASURED_ROWS, features)
     times = [time.perf_counter()]
     with one_thread():
-        members = [dataclasses.replace(cell, train=config) for cell in members]
         trainer = StackTrainer(members, [x], [x[:1]], runtime.device, runtime.precision, traits)
         for _ in trainer.run():
             times.append(time.perf_counter())
     steps = [after - before for before, after in itertools.pairwise(times)]
-    return min(steps[1:]) / (MEASURED_UPDATES / 3) * members[0].train.updates
+    return min(steps[1:]) / (MEASURED_UPDATES / 3) * budget.updates
 
 
 def _duration(seconds: float) -> str:
