@@ -219,10 +219,12 @@ def test_permuting_the_stack_permutes_the_results(make_cell, pixels):
         same(one, other)
 
 
-def test_ae_equals_vae_at_beta_zero_without_sampling(make_cell, pixels, monkeypatch):
-    ae = train([make_cell("ae")], pixels).finish()[0]
+@pytest.mark.parametrize("model", [{}, OUTPUT])
+def test_ae_equals_vae_at_beta_zero_without_sampling(make_cell, pixels, monkeypatch, model):
+    knobs = {"model": model, "train_noise": 0.3, "train": {"noise": NOISE}}
+    ae = train([make_cell("ae", **knobs)], pixels).finish()[0]
     monkeypatch.setitem(__import__("pipeline.grid").grid.ARMS, "vae", make_cell("vae").arm._replace(samples=False))
-    vae = train([make_cell("vae", beta=0.0)], pixels).finish()[0]
+    vae = train([make_cell("vae", beta=0.0, anneal=0.5, **knobs)], pixels).finish()[0]
     assert all(torch.equal(ae.weights[name], vae.weights[name]) for name in ae.weights)
 
 
