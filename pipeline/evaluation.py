@@ -240,8 +240,10 @@ class Measured:
 
     @cached_property
     def prior(self) -> tuple[Float[Tensor, "stack 1 lane"], Float[Tensor, "stack 1 lane"]]:
-        """Mean and standard deviation of what codes are drawn from: N(0, I) where a KL holds them to it, else the diagonal
-        Gaussian fitted to the training codes."""
+        """Mean and standard deviation of what codes are drawn from.
+
+        N(0, I) where a KL holds codes to it, else the diagonal Gaussian fitted to the training codes.
+        """
         codes, held = self.codes["train"], self.variational[:, None, None]
         return torch.where(held, 0.0, codes.mean(dim=1, keepdim=True)), torch.where(held, 1.0, codes.std(dim=1, keepdim=True))
 

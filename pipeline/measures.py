@@ -41,6 +41,7 @@ MEASURES = {
     # The codes of the test set
     "latent/sliced_wasserstein": Measure("sliced Wasserstein distance of codes from the prior", "lower"),
     "latent/non_normality": Measure("Henze–Zirkler statistic over its 5% critical value", "lower"),
+    "latent/kurtosis": Measure("mean excess kurtosis of the latents"),
     "latent/utilisation": Measure("latent utilisation", "higher"),
     "latent/on_axes": Measure("share of codes along the axes", "lower"),
     "latent/trustworthiness": Measure("trustworthiness", "higher"),
@@ -64,6 +65,7 @@ MEASURES = {
     "noise/mse_clean": Measure("squared error from the clean input", "lower"),
     "noise/mse_noisy": Measure("squared error from the corrupted input", "lower"),
     "noise/left": Measure("error left, as a share of the corrupted input's", "lower"),
+    "noise/rise": Measure("rise of the error over that of clean input", "lower"),
     # Pruning
     "prune/active_units": Measure("active units"),
     "prune/elbow_column_sum": Measure("elbow of |column sum|"),
