@@ -1,76 +1,26 @@
-"""Every plot, one function a plot: data in, Figure out. No pyplot, so no state between plots; equal data give equal bytes.
+"""Every plot of tables, one function a plot: data in, Figure out.
 
 Tables over seeds come as `intervals.summarise` makes them: columns `m`, `m low`, `m high` for a metric m.
 """
 
 from __future__ import annotations
 
-import functools
-import io
 import math
-import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, SupportsFloat
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib import colormaps, style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
-from scipy.stats import norm
 
-from pipeline import artifacts, intervals
+from pipeline import drawing, intervals
 
-HOUSE_STYLE = {
-    "figure.dpi": 125,
-    "figure.facecolor": "white",
-    "figure.titlesize": 12,
-    "figure.titleweight": "bold",
-    "font.size": 9.5,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9.5,
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#666666",
-    "axes.grid": True,
-    "axes.linewidth": 0.8,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-}
-# Okabe and Ito's colours, told apart by colour-blind readers; an arm has the same one in every plot.
-ARM_COLOURS = {
-    "ae": "#d55e00",
-    "vae": "#0072b2",
-    "ae_code_l2": "#e69f00",
-    "ae_as_published": "#cc79a7",
-    "kl_only": "#009e73",
-}
-ARM_LABELS = {
-    "ae": "plain AE",
-    "vae": "VAE",
-    "ae_code_l2": "AE, code L2",
-    "ae_as_published": "AE as published",
-    "kl_only": "KL only",
-}
-GREY = "#777777"
-GREYS = colormaps["gray_r"].resampled(24)  # of images; each level more makes the PNG larger
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 NOISE_LABELS = {
     "sparse_abs_gaussian": "sparse |Gaussian|",
@@ -78,55 +28,24 @@ NOISE_LABELS = {
     "salt_and_pepper": "salt and pepper",
     "erased_block": "erased block",
 }
-TARGET_LABELS = {"clean": "target: clean image", "noisy": "target: noisy image"}
+TARGET_LABELS = {"clean": "from the clean image", "noisy": "from the noisy image"}
 AXIS_WORDS = {"beta": "β", "l2": "λ", "sigma2": "σ²", "train_noise": "noise level in training", "latent_dim": "latents"}
 VERDICT_COLOURS = {"supported": "#0072b2", "contradicted": "#d55e00", "undecided": "#999999"}
 CRITERIA = {"column_sum": "|column sum|", "column_l1": "column L1 norm", "column_l2": "column L2 norm", "kl": "KL"}
-MANIFOLD_SHARES = (0.05, 0.95)
-
-
-def _house_style(draw: Callable) -> Callable:
-    @functools.wraps(draw)
-    def styled(*arguments: Any, **options: Any) -> Any:
-        with style.context(["default", HOUSE_STYLE]):
-            return draw(*arguments, **options)
-
-    return styled
-
-
-@_house_style
-def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG whose bytes depend on the figure alone: no date, no software version."""
-    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-    image.quantize(256, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)  # a third of the size
-    artifacts.write_bytes(path, buffer.getvalue())
-
-
-def arm_label(arm: str, beta: SupportsFloat | None = None) -> str:
-    """How plots and tables call an arm: `VAE, β = 4`."""
-    name = ARM_LABELS.get(arm, arm)
-    return name if beta is None or math.isnan(beta) else f"{name}, β = {number(float(beta))}"
-
-
-def number(value: float) -> str:
-    """A setting's value as plots and tables write it: `1e-5`, not `1e-05`."""
-    return re.sub(r"e([-+])0", r"e\1", f"{value:g}").replace("e+", "e")
 
 
 # Curves over training
 
 
-@_house_style
+@drawing.house_style
 def training_curves(curves: pd.DataFrame, by: Sequence[str]) -> Figure:
     """Validation loss against updates: one panel for each value of `panel`, one line for each setting in `by`."""
     panels = list(curves["panel"].unique())
-    figure, axes = _wrapped(len(panels), "update", "validation loss (nats)", height=2.5)
+    figure, axes = drawing.wrapped(len(panels), "update", "validation loss (nats)", height=2.5)
     for panel, ax in zip(panels, axes, strict=True):
         _draw_training(ax, _labelled(curves[curves["panel"] == panel]), by)
         ax.set_title(panel)
-    _title(figure, "Validation loss over training")
+    drawing.title(figure, "Validation loss over training")
     return figure
 
 
@@ -139,13 +58,13 @@ def _draw_training(ax: Axes, curves: pd.DataFrame, by: Sequence[str]) -> None:
     if math.isfinite(low) and high > low:
         room = 0.1 + 0.17 * len(colours)  # for the legend, above the curves
         ax.set_ylim(low - 0.05 * (high - low), high + room * (high - low))
-    ax.legend(handles=_handles(colours), loc="upper right", handlelength=1.2)
+    ax.legend(handles=drawing.handles(colours), loc="upper right", handlelength=1.2)
 
 
 # Measures over an axis
 
 
-@_house_style
+@drawing.house_style
 def measure_over(summary: pd.DataFrame, over: str, metrics: dict[str, str], title: str = "") -> Figure:
     """Measures over an axis, a panel each, with bands over seeds; the values of an axis of names are points, with intervals.
 
@@ -155,12 +74,12 @@ def measure_over(summary: pd.DataFrame, over: str, metrics: dict[str, str], titl
     table = _labelled(summary, besides=over)
     colours = _colours(table)
     draw = _draw_over if pd.api.types.is_numeric_dtype(table[over]) else _draw_names
-    figure, axes = _wrapped(len(metrics), _words(over), height=2.5)
+    figure, axes = drawing.wrapped(len(metrics), _words(over), height=2.5)
     for ax, (metric, label) in zip(axes, metrics.items(), strict=True):
         draw(ax, table.dropna(subset=[metric]), over, metric, colours)
         ax.set_ylabel(textwrap.fill(label, 30))
-    _title(figure, title or f"Measures over {_words(over)}")
-    _legend(figure, _handles(colours, marker="o"))
+    drawing.title(figure, title or f"Measures over {_words(over)}")
+    drawing.legend(figure, drawing.handles(colours, marker="o"))
     return figure
 
 
@@ -178,7 +97,7 @@ def _draw_names(ax: Axes, table: pd.DataFrame, over: str, metric: str, colours: 
         shown = table[table[over] == name].assign(place=place)
         for index, (series, point) in enumerate(shown.groupby("series", sort=False)):
             _count_line(ax, point, "place", metric, colours[series], 0.12 * (index - (shown["series"].nunique() - 1) / 2), "o")
-    labels = [(ARM_LABELS | NOISE_LABELS).get(name, _key(name)) for name in names]
+    labels = [(drawing.ARM_LABELS | NOISE_LABELS).get(name, _key(name)) for name in names]
     ax.set_xticks(range(len(names)), labels, rotation=25, ha="right", rotation_mode="anchor")
     ax.set_xlim(-0.5, len(names) - 0.5)
 
@@ -202,29 +121,29 @@ def _axis_of_levels(ax: Axes, levels: Sequence[float]) -> None:
         ax.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
         ax.set_xlim(*((0, None) if levels[0] == 0 else (positive[0] / 1.25, None)))
     shown = levels[:: max(1, math.ceil(len(levels) / 6))]
-    ax.set_xticks(shown, map(number, shown))
+    ax.set_xticks(shown, map(drawing.number, shown))
     ax.minorticks_off()
 
 
-@_house_style
+@drawing.house_style
 def noise_curves(summary: pd.DataFrame, metric: str, label: str) -> Figure:
-    """A measure over the level of noise in training: training targets across, latents down, a line for each arm and β."""
+    """A measure over the level of noise in training: what it is taken from across, latents down, a line for each arm and β."""
     table = _labelled(summary)
     figure, axes, cells = _noise_panels(table, "target", TARGET_LABELS)
     colours = _colours(table)
     for ax, target, latent_dim in cells:
         shown = table[(table["target"] == target) & (table["latent_dim"] == latent_dim)]
         _draw_series(ax, shown, "train_noise", metric, colours)
-    _label_edges(axes, _words("train_noise"), textwrap.fill(label, 30))
-    _title(figure, "Noise in training: what it costs, and what the target changes")
-    _legend(figure, _handles(colours, marker="o"))
+    drawing.label_edges(axes, _words("train_noise"), textwrap.fill(label, 30))
+    drawing.title(figure, "Noise in training: error on inputs as noisy as those")
+    drawing.legend(figure, drawing.handles(colours, marker="o"))
     return figure
 
 
 # Rate and distortion
 
 
-@_house_style
+@drawing.house_style
 def rate_distortion(summary: pd.DataFrame, front: pd.DataFrame | None = None) -> Figure:
     """KL against reconstruction over β, one panel for each latent dimension, one marker for each λ.
 
@@ -233,15 +152,15 @@ def rate_distortion(summary: pd.DataFrame, front: pd.DataFrame | None = None) ->
     """
     table = _labelled(summary)
     latent_dims = sorted(table["latent_dim"].unique())
-    figure, axes = _panels(1, len(latent_dims), height=3.6)
+    figure, axes = drawing.panels(1, len(latent_dims), height=3.6)
     for latent_dim, ax in zip(latent_dims, axes.flat, strict=True):
         if front is not None:
             _draw_trials_beneath(ax, front[front["latent_dim"] == latent_dim])
         _draw_rate_distortion(ax, table[table["latent_dim"] == latent_dim], _colours(table), _markers(table["l2"]))
         ax.set_title(_latents(latent_dim))
-    _label_edges(axes, "rate: KL (nats per sample)", "distortion: reconstruction (nats per sample)")
-    _title(figure, "Rate and distortion: what each β buys")
-    _legend(figure, [*_handles(_colours(table)), *_marker_handles(table["l2"]), *_front_handles(front)])
+    drawing.label_edges(axes, "rate: KL (nats per sample)", "distortion: reconstruction (nats per sample)")
+    drawing.title(figure, "Rate and distortion: what each β buys")
+    drawing.legend(figure, [*drawing.handles(_colours(table)), *_marker_handles(table["l2"]), *_front_handles(front)])
     return figure
 
 
@@ -269,7 +188,7 @@ def _cross(ax: Axes, point: pd.Series, x: str, y: str, colour: Any, marker: str)
 def _draw_trials_beneath(ax: Axes, trials: pd.DataFrame) -> None:
     ax.plot(trials["rate"], trials["distortion"], ".", color="#cccccc", markersize=4, zorder=1)
     on_front = trials[trials["on_front"].astype(bool)].sort_values("rate")
-    ax.plot(on_front["rate"], on_front["distortion"], color=GREY, linewidth=1.0, linestyle=":", zorder=1.2)
+    ax.plot(on_front["rate"], on_front["distortion"], color=drawing.GREY, linewidth=1.0, linestyle=":", zorder=1.2)
 
 
 def _front_handles(front: pd.DataFrame | None) -> list[Line2D]:
@@ -277,18 +196,18 @@ def _front_handles(front: pd.DataFrame | None) -> list[Line2D]:
         return []
     return [
         Line2D([], [], color="#cccccc", marker=".", linestyle="", label="trial of the search"),
-        Line2D([], [], color=GREY, linewidth=1.0, linestyle=":", label="front of the search"),
+        Line2D([], [], color=drawing.GREY, linewidth=1.0, linestyle=":", label="front of the search"),
     ]
 
 
 # Search
 
 
-@_house_style
+@drawing.house_style
 def search_front(trials: pd.DataFrame) -> Figure:
     """Every finished trial of a search, coloured by log10 β, and the Pareto front through the best of them."""
     trials = trials.dropna(subset=["rate", "distortion"])
-    figure, axes = _panels(1, 1, height=3.8, width=6.4)
+    figure, axes = drawing.panels(1, 1, height=3.8, width=6.4)
     ax = axes[0, 0]
     on_front = trials[trials["on_front"].astype(bool)].sort_values("rate")
     ax.plot(on_front["rate"], on_front["distortion"], color="#444444", linewidth=1.0, zorder=2)
@@ -297,7 +216,7 @@ def search_front(trials: pd.DataFrame) -> Figure:
         options = {"cmap": "viridis", "norm": colour_of, "s": size, "edgecolors": edge, "linewidths": 0.9, "zorder": 3}
         points = ax.scatter(rows["rate"], rows["distortion"], c=np.log10(rows["beta"]), **options)
     figure.colorbar(points, ax=ax, label="log₁₀ β", fraction=0.05, pad=0.02).outline.set_visible(False)
-    _label_edges(axes, "rate: KL (nats per sample)", "distortion: reconstruction (nats per sample)")
+    drawing.label_edges(axes, "rate: KL (nats per sample)", "distortion: reconstruction (nats per sample)")
     ax.legend(
         handles=[
             Line2D([], [], color="#444444", marker="o", markerfacecolor="#cccccc", linewidth=1.0, label="Pareto front"),
@@ -305,14 +224,14 @@ def search_front(trials: pd.DataFrame) -> Figure:
         ],
         loc="upper right",
     )
-    _title(figure, "The search's trials and their Pareto front")
+    drawing.title(figure, "The search's trials and their Pareto front")
     return figure
 
 
 # Robustness
 
 
-@_house_style
+@drawing.house_style
 def robustness(summary: pd.DataFrame, pca: pd.DataFrame | None = None) -> Figure:
     """Error against the clean input over noise level: VAE for each β, AE, and PCA; noise kinds across, latents down."""
     table = _labelled(summary)
@@ -322,28 +241,31 @@ def robustness(summary: pd.DataFrame, pca: pd.DataFrame | None = None) -> Figure
         shown = table[(table["noise"] == kind) & (table["latent_dim"] == latent_dim)]
         if pca is not None:
             line = pca[(pca["noise"] == kind) & (pca["latent_dim"] == latent_dim)].sort_values("level")
-            ax.plot(line["level"], line["mse_clean"], color=GREY, linestyle="--", marker=".", linewidth=1.3)
+            ax.plot(line["level"], line["mse_clean"], color=drawing.GREY, linestyle="--", marker=".", linewidth=1.3)
         _draw_series(ax, shown, "level", "mse_clean", colours)
-    _label_edges(axes, "noise level", "squared error\nper dimension")
-    _title(figure, "Error on corrupted inputs, measured against the clean ones")
-    pca_handle = [] if pca is None else [Line2D([], [], color=GREY, linestyle="--", marker=".", label="PCA")]
-    _legend(figure, [*_handles(colours, marker="o"), *pca_handle])
+    drawing.label_edges(axes, "noise level", "squared error\nper dimension")
+    drawing.title(figure, "Error on corrupted inputs, measured against the clean ones")
+    pca_handle = [] if pca is None else [Line2D([], [], color=drawing.GREY, linestyle="--", marker=".", label="PCA")]
+    drawing.legend(figure, [*drawing.handles(colours, marker="o"), *pca_handle])
     return figure
 
 
-@_house_style
+@drawing.house_style
 def paired_differences(paired: pd.DataFrame) -> Figure:
     """Error of each arm minus that of its plain AE, with 95% intervals over seeds, over noise level."""
     table = _labelled(paired)
     figure, axes, cells = _noise_panels(table)
     colours = _colours(table)
     for ax, kind, latent_dim in cells:
-        ax.axhline(0, color=ARM_COLOURS["ae"], linewidth=1.4, zorder=1.5)
+        ax.axhline(0, color=drawing.ARM_COLOURS["ae"], linewidth=1.4, zorder=1.5)
         shown = table[(table["noise"] == kind) & (table["latent_dim"] == latent_dim)]
         _dodged(ax, shown, colours)
-    _label_edges(axes, "noise level", "difference in squared\nerror per dimension")
-    _title(figure, "Error minus the plain AE's of the same seed: below the line is better than the AE")
-    _legend(figure, [*_handles(colours, marker="o"), Line2D([], [], color=ARM_COLOURS["ae"], label="plain AE (zero)")])
+    drawing.label_edges(axes, "noise level", "difference in squared\nerror per dimension")
+    drawing.title(figure, "Error minus the plain AE's of the same seed: below the line is better than the AE")
+    drawing.legend(
+        figure,
+        [*drawing.handles(colours, marker="o"), Line2D([], [], color=drawing.ARM_COLOURS["ae"], label="plain AE (zero)")],
+    )
     return figure
 
 
@@ -351,7 +273,7 @@ def _noise_panels(
     table: pd.DataFrame, across: str = "noise", labels: dict[str, str] = NOISE_LABELS
 ) -> tuple[Figure, np.ndarray, list[tuple[Axes, str, Any]]]:
     kinds, latent_dims = list(table[across].unique()), sorted(table["latent_dim"].unique())
-    figure, axes = _panels(len(latent_dims), len(kinds), height=2.2, sharey="row")
+    figure, axes = drawing.panels(len(latent_dims), len(kinds), height=2.2, sharey="row")
     cells = [(axes[r, c], kind, dim) for r, dim in enumerate(latent_dims) for c, kind in enumerate(kinds)]
     for ax, kind, latent_dim in cells:
         ax.set_title(f"{labels.get(kind, kind)}, {_latents(latent_dim)}")
@@ -373,16 +295,16 @@ def _dodged(ax: Axes, table: pd.DataFrame, colours: dict) -> None:
 # PCA
 
 
-@_house_style
+@drawing.house_style
 def pca_curve(pca: pd.DataFrame, models: pd.DataFrame) -> Figure:
     """Variance that each principal component explains, and all up to it; and PCA's error beside that of models as wide."""
     table = _labelled(models)
     colours = _colours(table)
-    figure, axes = _panels(1, 2, height=3.2)
-    axes[0, 0].plot(pca["components"], pca["variance_ratio"].cumsum(), color=GREY, label="all up to this one")
-    axes[0, 0].plot(pca["components"], pca["variance_ratio"], color=GREY, linestyle="--", label="each component")
+    figure, axes = drawing.panels(1, 2, height=3.2)
+    axes[0, 0].plot(pca["components"], pca["variance_ratio"].cumsum(), color=drawing.GREY, label="all up to this one")
+    axes[0, 0].plot(pca["components"], pca["variance_ratio"], color=drawing.GREY, linestyle="--", label="each component")
     axes[0, 0].legend(loc="best")
-    axes[0, 1].plot(pca["components"], pca["mse"], color=GREY)
+    axes[0, 1].plot(pca["components"], pca["mse"], color=drawing.GREY)
     for index, (series, colour) in enumerate(colours.items()):
         shown = table[table["series"] == series].sort_values("latent_dim")
         beside = shown.assign(place=shown["latent_dim"] * 1.04 ** (index - (len(colours) - 1) / 2))  # or markers would overlap
@@ -390,15 +312,15 @@ def pca_curve(pca: pd.DataFrame, models: pd.DataFrame) -> Figure:
     for ax, label in zip(axes.flat, ("share of variance explained", "squared error per dimension"), strict=True):
         ax.set(ylabel=label, xlabel="principal components, or latents", ylim=(0, None))
         _axis_of_levels(ax, [2.0**power for power in range(int(pca["components"].max()).bit_length())])
-    _title(figure, "PCA: variance explained and error, beside models of as many latents")
-    _legend(figure, [Line2D([], [], color=GREY, label="PCA"), *_handles(colours, marker="o")])
+    drawing.title(figure, "PCA: variance explained and error, beside models of as many latents")
+    drawing.legend(figure, [Line2D([], [], color=drawing.GREY, label="PCA"), *drawing.handles(colours, marker="o")])
     return figure
 
 
 # Pruning
 
 
-@_house_style
+@drawing.house_style
 def scree(columns: pd.DataFrame, truth: str | None = None) -> Figure:
     """How much each latent dimension is used, sorted within each cell and averaged over seeds.
 
@@ -407,7 +329,7 @@ def scree(columns: pd.DataFrame, truth: str | None = None) -> Figure:
     """
     table = _labelled(columns)
     series = list(_colours(table))
-    figure, axes = _panels(len(series), 3, height=2.3)
+    figure, axes = drawing.panels(len(series), 3, height=2.3)
     colours = _truth_colours(table, truth)
     for row, name in zip(axes, series, strict=True):
         shown = table[table["series"] == name]
@@ -418,9 +340,9 @@ def scree(columns: pd.DataFrame, truth: str | None = None) -> Figure:
             _draw_scree(ax, shown, measure, truth, colours)
             ax.set_ylabel(label)
             ax.set_title(name)
-    _label_edges(axes, "rank of the latent dimension")
-    _title(figure, "Scree: first decoder layer's columns, and what each dimension carries")
-    _legend(figure, _handles(colours), title=_words(truth))
+    drawing.label_edges(axes, "rank of the latent dimension")
+    drawing.title(figure, "Scree: first decoder layer's columns, and what each dimension carries")
+    drawing.legend(figure, drawing.handles(colours), title=_words(truth))
     return figure
 
 
@@ -434,29 +356,29 @@ def _draw_scree(ax: Axes, columns: pd.DataFrame, measure: str, truth: str | None
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
-@_house_style
+@drawing.house_style
 def ablation(curves: pd.DataFrame, truth: str | None = None) -> Figure:
     """Error as dimensions are zeroed, smallest first in each criterion's order; a ring where only the true number is left."""
     table = _labelled(curves)
     series, criteria = list(_colours(table)), [name for name in CRITERIA if name in set(table["criterion"])]
-    figure, axes = _panels(len(series), len(criteria), height=2.3, sharey="row")
+    figure, axes = drawing.panels(len(series), len(criteria), height=2.3, sharey="row")
     colours = _truth_colours(table, truth)
     for row, name in zip(axes, series, strict=True):
         for ax, criterion in zip(row, criteria, strict=True):
             shown = table[(table["series"] == name) & (table["criterion"] == criterion)]
             _draw_ablation(ax, shown, truth, colours)
             ax.set_title(f"{name}\nby {CRITERIA[criterion]}")
-    _label_edges(axes, "dimensions set to zero", "squared error\nper dimension")
-    _title(figure, "Ablation: error as the least used dimensions are zeroed")
+    drawing.label_edges(axes, "dimensions set to zero", "squared error\nper dimension")
+    drawing.title(figure, "Ablation: error as the least used dimensions are zeroed")
     ring = Line2D([], [], color="#444444", marker="o", markerfacecolor="white", linestyle="", label="true number left")
-    _legend(figure, [*_handles(colours), *([ring] if truth else [])], title=_words(truth))
+    drawing.legend(figure, [*drawing.handles(colours), *([ring] if truth else [])], title=_words(truth))
     return figure
 
 
 def _draw_ablation(ax: Axes, table: pd.DataFrame, truth: str | None, colours: dict) -> None:
     if table.empty:
         ax.set_axis_off()
-        ax.text(0.5, 0.5, "(this arm has none)", transform=ax.transAxes, ha="center", color=GREY)
+        ax.text(0.5, 0.5, "(this arm has none)", transform=ax.transAxes, ha="center", color=drawing.GREY)
         return
     for key, colour in colours.items():
         curve = table if truth is None else table[table[truth].map(_key) == key]
@@ -469,12 +391,12 @@ def _draw_ablation(ax: Axes, table: pd.DataFrame, truth: str | None, colours: di
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
-@_house_style
+@drawing.house_style
 def used_dimensions(counts: pd.DataFrame, truth: str, measures: dict[str, str]) -> Figure:
     """Counts of used dimensions against the true one, with intervals over seeds and the diagonal; a panel for each arm."""
     table = _labelled(counts)
     series = list(_colours(table))
-    figure, axes = _panels(1, len(series), height=3.4, sharey=True)
+    figure, axes = drawing.panels(1, len(series), height=3.4, sharey=True)
     colours = dict(zip(measures, sns.color_palette("colorblind", len(measures)), strict=True))
     for ax, name in zip(axes.flat, series, strict=True):
         shown = table[table["series"] == name].sort_values(truth)
@@ -484,12 +406,12 @@ def used_dimensions(counts: pd.DataFrame, truth: str, measures: dict[str, str]) 
         ax.set_title(name)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _label_edges(axes, f"true dimension ({_words(truth)})", "dimensions counted as used")
-    _title(figure, "Used dimensions against the true dimension of the data")
+    drawing.label_edges(axes, f"true dimension ({_words(truth)})", "dimensions counted as used")
+    drawing.title(figure, "Used dimensions against the true dimension of the data")
     handles = [
         Line2D([], [], color=colours[m], marker=MARKERS[i], label=label) for i, (m, label) in enumerate(measures.items())
     ]
-    _legend(figure, [*handles, Line2D([], [], color="#cccccc", linewidth=6.0, label="true dimension")])
+    drawing.legend(figure, [*handles, Line2D([], [], color="#cccccc", linewidth=6.0, label="true dimension")])
     return figure
 
 
@@ -502,18 +424,18 @@ def _count_line(ax: Axes, table: pd.DataFrame, x: str, measure: str, colour: Any
 # Grids
 
 
-@_house_style
+@drawing.house_style
 def heat_map(summary: pd.DataFrame, metrics: dict[str, str]) -> Figure:
     """Means of metrics over β (across, after the plain AE) and λ (up): a row for each metric, a column for each latent_dim."""
     latent_dims = sorted(summary["latent_dim"].unique())
-    figure, axes = _panels(len(metrics), len(latent_dims), height=2.7, sharey=False)
+    figure, axes = drawing.panels(len(metrics), len(latent_dims), height=2.7, sharey=False)
     for row, (metric, label) in zip(axes, metrics.items(), strict=True):
         limits = _range(summary[metric])
         for ax, latent_dim in zip(row, latent_dims, strict=True):
             _draw_heat(ax, summary[summary["latent_dim"] == latent_dim], metric, limits)
             ax.set_title(f"{label}, {_latents(latent_dim)}")
-    _label_edges(axes, "β", "λ")
-    _title(figure, "What β and λ do, as means over seeds")
+    drawing.label_edges(axes, "β", "λ")
+    drawing.title(figure, "What β and λ do, as means over seeds")
     return figure
 
 
@@ -521,7 +443,9 @@ def _draw_heat(ax: Axes, table: pd.DataFrame, metric: str, limits: tuple[float, 
     kept = table.dropna(subset=[metric])
     kept = kept.assign(column=kept["beta"].fillna(-1.0))
     grid = kept.pivot_table(index="l2", columns="column", values=metric, sort=True).iloc[::-1]
-    _draw_grid(ax, grid.rename(columns=lambda beta: "AE" if beta < 0 else number(beta), index=number), "crest", limits)
+    _draw_grid(
+        ax, grid.rename(columns=lambda beta: "AE" if beta < 0 else drawing.number(beta), index=drawing.number), "crest", limits
+    )
 
 
 def _draw_grid(ax: Axes, grid: pd.DataFrame, colour_map: str, limits: tuple[float, float], digits: int = 3) -> None:
@@ -532,22 +456,22 @@ def _draw_grid(ax: Axes, grid: pd.DataFrame, colour_map: str, limits: tuple[floa
     ax.grid(False)
 
 
-@_house_style
+@drawing.house_style
 def outlier_map(summary: pd.DataFrame, x: str, y: str, metric: str, label: str) -> Figure:
     """Means of a metric over two axes of the data: a row for each arm, with the plain AE, the arm, and the arm minus the AE."""
     table = _labelled(summary)
     grids = {series: _grid_of(table[table["series"] == series], x, y, metric) for series in _colours(table)}
-    plain = grids.pop(ARM_LABELS["ae"])
-    figure, axes = _panels(len(grids), 3, height=2.7)
+    plain = grids.pop(drawing.ARM_LABELS["ae"])
+    figure, axes = drawing.panels(len(grids), 3, height=2.7)
     limits, most = _range(table[metric]), max(float(np.nanmax(abs(grid - plain))) for grid in grids.values())
     for row, (name, grid) in zip(axes, grids.items(), strict=True):
-        for ax, shown, title in zip(row, (plain, grid), (ARM_LABELS["ae"], name), strict=False):
+        for ax, shown, title in zip(row, (plain, grid), (drawing.ARM_LABELS["ae"], name), strict=False):
             _draw_grid(ax, shown, "crest", limits)
             ax.set_title(title)
         _draw_grid(row[2], grid - plain, "vlag", (-most, most), digits=2)
-        row[2].set_title(f"{name} minus {ARM_LABELS['ae']}")
-    _label_edges(axes, _words(x), _words(y))
-    _title(figure, f"{label} over {_words(x)} and {_words(y)}, as means over seeds")
+        row[2].set_title(f"{name} minus {drawing.ARM_LABELS['ae']}")
+    drawing.label_edges(axes, _words(x), _words(y))
+    drawing.title(figure, f"{label} over {_words(x)} and {_words(y)}, as means over seeds")
     return figure
 
 
@@ -559,7 +483,7 @@ def _grid_of(table: pd.DataFrame, x: str, y: str, metric: str) -> pd.DataFrame:
 # Claims
 
 
-@_house_style
+@drawing.house_style
 def ledger(claims: pd.DataFrame) -> Figure:
     """Every claim's effect with its 95% interval, scaled so that the far end of the interval is at 1 or −1; by source.
 
@@ -569,15 +493,15 @@ def ledger(claims: pd.DataFrame) -> Figure:
     claims = claims.assign(group=pd.factorize(claims["source"])[0]).sort_values("group", kind="stable")
     claims["place"] = np.arange(len(claims)) + claims["group"] + 1  # a line above each group is its source's
     lines = len(claims) + claims["group"].nunique()
-    figure, axes = _panels(1, 1, height=0.18 * lines + 0.5)
+    figure, axes = drawing.panels(1, 1, height=0.18 * lines + 0.5)
     axes[0, 0].axvline(0, color="#444444", linewidth=1.0)
     axes[0, 0].set(xlim=(-1.08, 1.08), ylim=(lines - 0.4, -0.6))
     for claim in claims.itertuples():
         _draw_claim(axes[0, 0], claim)
     _label_claims(axes[0, 0], claims)
-    _label_edges(axes, "effect, scaled by its interval's far end", "claim")
-    _title(figure, "The claims: effects with 95% intervals")
-    figure.legend(handles=_handles(VERDICT_COLOURS, marker="o"), loc="outside upper right", ncols=3)
+    drawing.label_edges(axes, "effect, scaled by its interval's far end", "claim")
+    drawing.title(figure, "The claims: effects with 95% intervals")
+    figure.legend(handles=drawing.handles(VERDICT_COLOURS, marker="o"), loc="outside upper right", ncols=3)
     return figure
 
 
@@ -615,16 +539,16 @@ class ClaimPanel(NamedTuple):
     limits: Sequence[float]
 
 
-@_house_style
+@drawing.house_style
 def claim_panels(claims: Sequence[ClaimPanel]) -> Figure:
     """A panel a claim: its seeds as thin lines from side to side, their means with 95% intervals, its bounds dashed."""
-    figure, axes = _wrapped(len(claims), "", height=2.5)
+    figure, axes = drawing.wrapped(len(claims), "", height=2.5)
     for ax, claim in zip(axes, claims, strict=True):
         _draw_sides(ax, claim)
         ax.set_title(f"{claim.id}: {claim.verdict}", color=VERDICT_COLOURS[claim.verdict])
         ax.set_ylabel(textwrap.fill(claim.measure, 28), fontsize=8.5)
         ax.set_xlabel(claim.axis)
-    _title(figure, "What decides the claims")
+    drawing.title(figure, "What decides the claims")
     return figure
 
 
@@ -642,329 +566,7 @@ def _draw_sides(ax: Axes, claim: ClaimPanel) -> None:
     ax.set_xlim(-0.5, len(places) - 0.5)
 
 
-# Pictures of cells
-
-
-@_house_style
-def reconstructions(inputs: np.ndarray, outputs: np.ndarray, image_shape: Sequence[int] | None = None) -> Figure:
-    """Inputs and their reconstructions: pairs of images, points in the plane, or value against value."""
-    if image_shape is not None:
-        return _image_pairs(inputs, outputs, image_shape)
-    if inputs.shape[1] == 2:
-        figure, axes = _panels(1, 2, height=3.6, width=7.2)
-        _quadrant_scatter(axes[0, 0], inputs, inputs, "input")
-        _quadrant_scatter(axes[0, 1], outputs, inputs, "reconstruction")
-        _same_frame(axes[0, 0], axes[0, 1])
-        _title(figure, "Inputs and their reconstructions")
-        return figure
-    figure, axes = _panels(1, 1, height=4.0, width=4.4)
-    axes[0, 0].plot(inputs[:100].ravel(), outputs[:100].ravel(), ".", color=ARM_COLOURS["vae"], markersize=2, alpha=0.4)
-    axes[0, 0].axline((0, 0), slope=1, color=GREY, linestyle="--", linewidth=1.0)
-    _label_edges(axes, "input value", "reconstructed value")
-    _title(figure, "Reconstruction against input")
-    return figure
-
-
-@_house_style
-def plane(inputs: np.ndarray, codes: np.ndarray, outputs: np.ndarray, title: str = "") -> Figure:
-    """Data of two dimensions: input, code and reconstruction side by side, coloured by the input's quadrant."""
-    figure, axes = _panels(1, 3, height=2.75)
-    _quadrant_scatter(axes[0, 0], inputs, inputs, "input")
-    _quadrant_scatter(axes[0, 1], codes, inputs, "latent")
-    _quadrant_scatter(axes[0, 2], outputs, inputs, "reconstruction")
-    _same_frame(axes[0, 0], axes[0, 2])
-    _title(figure, title or "Input, latent code and reconstruction, coloured by the input's quadrant")
-    return figure
-
-
-@_house_style
-def quadrant_lattice(cells: Sequence[dict[str, Any]], title: str = "") -> Figure:
-    """Data of two dimensions: codes and reconstructions of cells over arm (across) and λ (up), beside the input.
-
-    Points are coloured by the input's quadrant. All reconstructions lie in one frame with the input; codes have a frame each,
-    at least 0.2 wide, so that a collapsed code is a dot.
-    """
-    columns = list(dict.fromkeys(cell["column"] for cell in cells))
-    rows = sorted({float(cell["l2"]) for cell in cells}, reverse=True)
-    ratios = [*[1, 1, 0.15] * len(columns), 1]
-    figure, axes = _panels(len(rows), len(ratios), height=8.8 / sum(ratios), width_ratios=ratios)
-    figure.get_layout_engine().set(w_pad=0.02, wspace=0.0)
-    for ax in axes.flat:
-        _no_ticks(ax, "", "")
-    framed = [_lattice_panel(axes[0, -1], cells[0]["x"], cells[0]["x"])]
-    for cell in cells:
-        row, column = rows.index(cell["l2"]), 3 * columns.index(cell["column"])
-        _own_frame(_lattice_panel(axes[row, column], cell["codes"], cell["x"]), cell["codes"])
-        framed.append(_lattice_panel(axes[row, column + 1], cell["reconstructions"], cell["x"]))
-    _same_frame(*framed)
-    _label_lattice(axes, columns, rows)
-    _title(figure, title or "Latent codes and reconstructions over β and λ, coloured by the input's quadrant")
-    return figure
-
-
-def _lattice_panel(ax: Axes, points: np.ndarray, inputs: np.ndarray) -> Axes:
-    _quadrant_scatter(ax, points, inputs, "", size=1.6)
-    _no_ticks(ax, "", "")
-    ax.spines[:].set(visible=True, color="#bbbbbb")
-    return ax
-
-
-def _own_frame(ax: Axes, codes: np.ndarray) -> None:
-    middle = (codes.min(axis=0) + codes.max(axis=0)) / 2
-    half = max(0.1, 1.08 * np.ptp(codes, axis=0).max() / 2)
-    for dimension, place in zip("xy", middle, strict=False):
-        ax.set(**{f"{dimension}lim": (place - half, place + half)})
-
-
-def _label_lattice(axes: np.ndarray, columns: Sequence[str], rows: Sequence[float]) -> None:
-    axes[0, -1].set_title("input")
-    for index, label in enumerate(columns):
-        axes[0, 3 * index].set_title(label, x=1.05)  # over both panels
-        axes[-1, 3 * index].set_xlabel("code")
-        axes[-1, 3 * index + 1].set_xlabel("decoded")
-    for ax, l2 in zip(axes[:, 0], rows, strict=True):
-        ax.set_ylabel(f"λ = {number(l2)}")
-
-
-@_house_style
-def latent_scatter(codes: np.ndarray, labels: np.ndarray | None = None, names: Sequence[str] | None = None) -> Figure:
-    """Codes coloured by label: one latent as strips, two as they are, more on their first two principal components."""
-    figure, axes = _panels(1, 1, height=4.4, width=5.6)
-    ax = axes[0, 0]
-    labels = np.zeros(len(codes), dtype=int) if labels is None else np.asarray(labels).astype(int)
-    names = names or [str(label) for label in range(labels.max(initial=0) + 1)]
-    shown, x, y = _shown_codes(codes, labels)
-    _class_scatter(ax, shown, labels, _class_colours(names), size=3.5)
-    if codes.shape[1] == 1:
-        ax.set_yticks(np.unique(labels), [names[label] for label in np.unique(labels)])
-    elif len(np.unique(labels)) > 1:
-        _legend(figure, _handles(_class_colours(names), marker="o", linestyle=""))
-    _label_edges(axes, x, y)
-    _title(figure, "Codes of the test set")
-    return figure
-
-
-@_house_style
-def latent_spaces(spaces: Sequence[tuple[str, np.ndarray, np.ndarray]], names: Sequence[str]) -> Figure:
-    """Spaces of two latents beside each other, coloured by class; a space is its title, codes and labels."""
-    figure, axes = _wrapped(len(spaces), "latent 0", "latent 1", height=2.6)
-    for ax, (title, codes, labels) in zip(axes, spaces, strict=True):
-        _class_scatter(ax, codes, labels, _class_colours(names), size=2.0)
-        ax.set_title(title)
-        ax.set_box_aspect(1)
-    _title(figure, "Latent spaces, coloured by class")
-    _legend(figure, _handles(_class_colours(names), marker="o", linestyle=""))
-    return figure
-
-
-def _class_colours(names: Sequence[str]) -> dict[str, Any]:
-    return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
-
-
-def _class_scatter(ax: Axes, points: np.ndarray, labels: np.ndarray, colours: dict[str, Any], size: float) -> None:
-    for label, colour in enumerate(colours.values()):
-        ax.plot(*points[labels == label].T, ".", color=colour, markersize=size, alpha=0.7)
-
-
-@_house_style
-def manifold(outputs: np.ndarray, image_shape: Sequence[int] | None = None) -> Figure:
-    """What the decoder makes of `manifold_codes`: images in a grid, or the grid's lines in the plane of 2-D data."""
-    side = math.isqrt(len(outputs))
-    if image_shape is None:
-        figure, axes = _panels(1, 1, height=4.0, width=4.4)
-        grid = outputs.reshape(side, side, -1)[..., :2]
-        for lines in (grid, grid.swapaxes(0, 1)):
-            axes[0, 0].plot(lines[..., 0], lines[..., 1], color=ARM_COLOURS["vae"], linewidth=0.9)
-        _label_edges(axes, "dimension 0", "dimension 1")
-        axes[0, 0].set_aspect("equal")
-    else:
-        figure, axes = _panels(1, 1, height=5.0, width=5.0)
-        words = [f"latent {k}, prior quantiles {MANIFOLD_SHARES[0]:g} to {MANIFOLD_SHARES[1]:g}" for k in (0, 1)]
-        _show(axes[0, 0], outputs, image_shape, side, *words)
-    _title(figure, "The decoder's manifold under the prior")
-    return figure
-
-
-@_house_style
-def boot_axes(outputs: np.ndarray, image_shape: Sequence[int], x: str, y: str) -> Figure:
-    """What the decoder makes of `manifold_codes` in two of its latents, and what these two stand for in words."""
-    side = math.isqrt(len(outputs))
-    figure, axes = _panels(1, 1, height=5.0, width=5.4)
-    ax, labels = axes[0, 0], [f"{value:.1f}".replace("-", "−") for value in manifold_codes(side)[:side, 0].round(1) + 0.0]
-    _show(ax, outputs, image_shape, side, x, y)
-    shown = slice(None, None, math.ceil(side / 10))  # or the labels would touch
-    ax.set_xticks(_middles(side, image_shape[-1])[shown], labels[shown])
-    ax.set_yticks(_middles(side, image_shape[-2])[shown], labels[::-1][shown])
-    ax.tick_params(length=0)
-    _title(figure, "Decoded boots over two latents")
-    return figure
-
-
-def manifold_codes(side: int = 15) -> np.ndarray:
-    """`side`² codes of two latents, evenly spaced in prior probability on [0.05, 0.95]: row by row, latent 1 falling."""
-    values = norm.ppf(np.linspace(*MANIFOLD_SHARES, side))
-    return np.stack([np.tile(values, side), np.repeat(values[::-1], side)], axis=1).astype(np.float32)
-
-
-@_house_style
-def samples(outputs: np.ndarray, image_shape: Sequence[int] | None = None) -> Figure:
-    """What the decoder makes of draws from the prior: images in a grid, or points."""
-    if image_shape is None:
-        figure, axes = _panels(1, 1, height=4.0, width=4.4)
-        points = outputs if outputs.shape[1] > 1 else np.column_stack([outputs[:, 0], _spread(len(outputs))])
-        axes[0, 0].plot(points[:, 0], points[:, 1], ".", color=ARM_COLOURS["vae"], markersize=3, alpha=0.6)
-        _label_edges(axes, "dimension 0", "dimension 1")
-    else:
-        figure, axes = _panels(1, 1, height=4.2, width=4.2)
-        _show(axes[0, 0], outputs, image_shape, math.isqrt(len(outputs)), "decoded draws from N(0, I)")
-    _title(figure, "Samples from the prior")
-    return figure
-
-
-@_house_style
-def sample_sheets(
-    sheets: Sequence[tuple[str, np.ndarray]],
-    image_shape: Sequence[int],
-    title: str = "Samples from the prior",
-    x: str = "decoded draws from N(0, I)",
-    y: str = "",
-) -> Figure:
-    """Square sheets of decoded images, such as samples or manifolds, one a model, beside each other."""
-    figure, axes = _wrapped(len(sheets), "", height=3.05)
-    for ax, (name, outputs) in zip(axes, sheets, strict=True):
-        _show(ax, outputs, image_shape, math.isqrt(len(outputs)), x, y)
-        ax.set_title(name)
-    _title(figure, title)
-    return figure
-
-
-@_house_style
-def interpolations(rows: Sequence[tuple[str, np.ndarray]], image_shape: Sequence[int]) -> Figure:
-    """Decoded steps from one code to another, a row each; rows of one label, a model, lie together."""
-    models = {label: [images for name, images in rows if name == label] for label, _ in rows}
-    steps, heights = len(rows[0][1]), [len(of_model) for of_model in models.values()]
-    figure, axes = _panels(len(models), 1, height=(0.54 * len(rows) + 0.4) / len(models), width=7.0, height_ratios=heights)
-    for ax, (label, of_model) in zip(axes.flat, models.items(), strict=True):
-        _show(ax, np.concatenate(of_model), image_shape, steps)
-        ax.set_anchor("W")
-        ax.set_yticks([len(of_model) * image_shape[-2] / 2], [label])
-        ax.tick_params(length=0)
-    axes[-1, 0].set_xticks(_middles(steps, image_shape[-1]), [number(round(step / (steps - 1), 2)) for step in range(steps)])
-    axes[-1, 0].set_xlabel("share of the way from one image's code to the other's")
-    _title(figure, "Interpolations between codes of test images")
-    return figure
-
-
-def _image_pairs(inputs: np.ndarray, outputs: np.ndarray, image_shape: Sequence[int], across: int = 10) -> Figure:
-    count = min(len(inputs), 3 * across) // across * across or len(inputs)
-    across = min(across, count)
-    rows = count // across
-    figure, axes = _panels(rows, 1, height=1.65, width=0.75 * across)
-    for row, ax in enumerate(axes.flat):
-        chosen = slice(row * across, (row + 1) * across)
-        both = np.concatenate([inputs[chosen], outputs[chosen]])
-        _show(ax, both, image_shape, across)
-        ax.set_yticks([0.5 * image_shape[-2], 1.5 * image_shape[-2]], ["input", "decoded"])
-        ax.tick_params(length=0)
-    axes[-1, 0].set_xlabel("test images, each above its reconstruction")
-    _title(figure, "Inputs and their reconstructions")
-    return figure
-
-
-def _show(ax: Axes, images: np.ndarray, image_shape: Sequence[int], across: int, x: str = "", y: str = "") -> None:
-    ax.imshow(_mosaic(images, image_shape, across), cmap=GREYS, vmin=0, vmax=1, interpolation="nearest")
-    _no_ticks(ax, x, y)
-
-
-def _middles(tiles: int, size: int) -> np.ndarray:
-    """Of the tiles of a mosaic along one axis."""
-    return (np.arange(tiles) + 0.5) * size - 0.5
-
-
-def _mosaic(images: np.ndarray, image_shape: Sequence[int], across: int) -> np.ndarray:
-    height, width = image_shape[-2:]
-    down = len(images) // across
-    tiles = np.asarray(images)[: down * across].reshape(down, across, height, width)
-    return tiles.swapaxes(1, 2).reshape(down * height, across * width)
-
-
-def _quadrant_scatter(ax: Axes, points: np.ndarray, inputs: np.ndarray, name: str, size: float = 3.0) -> None:
-    middle = (inputs.min(axis=0) + inputs.max(axis=0)) / 2
-    quadrant = (inputs > middle) @ np.array([1, 2])
-    flat = points.shape[1] == 1
-    if flat:
-        points = np.column_stack([points[:, 0], _spread(len(points))])
-        ax.set_yticks([])
-    for index, colour in enumerate(sns.color_palette("colorblind", 4)):
-        ax.plot(*points[quadrant == index, :2].T, ".", color=colour, markersize=size, alpha=0.7)
-    ax.set_title(name)
-    ax.set_xlabel(f"{name} 0")
-    ax.set_ylabel("(spread to be seen)" if flat else f"{name} 1")
-    ax.set_box_aspect(1)
-    ax.locator_params(axis="x", nbins=4)
-
-
-def _same_frame(*axes: Axes) -> None:
-    """One square frame around the points of all axes, so that shrinkage shows."""
-    limits = np.array([[ax.get_xlim(), ax.get_ylim()] for ax in axes])
-    for ax in axes:
-        ax.set(xlim=(limits[..., 0].min(), limits[..., 1].max()), ylim=(limits[..., 0].min(), limits[..., 1].max()))
-
-
-def _shown_codes(codes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, str, str]:
-    if codes.shape[1] == 1:
-        return np.column_stack([codes[:, 0], labels + 0.7 * (_spread(len(codes)) - 0.5)]), "latent 0", "label"
-    if codes.shape[1] == 2:
-        return codes, "latent 0", "latent 1"
-    centred = codes - codes.mean(axis=0)
-    left, sizes, right = np.linalg.svd(centred, full_matrices=False)
-    signs = np.sign(right[np.arange(2), np.abs(right[:2]).argmax(axis=1)])  # an SVD fixes directions only up to sign
-    share = (sizes**2 / max((sizes**2).sum(), 1e-300))[:2]
-    names = [f"principal component {k + 1} of {codes.shape[1]} latents ({share[k]:.0%} of variance)" for k in (0, 1)]
-    return left[:, :2] * sizes[:2] * signs, *names
-
-
-def _spread(count: int) -> np.ndarray:
-    """Evenly spread numbers in [0, 1) that look like noise and are none: multiples of the golden ratio."""
-    return np.arange(count) * 0.6180339887498949 % 1
-
-
 # Shared parts
-
-
-def _panels(rows: int, columns: int, height: float, width: float = 9.0, **options: Any) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(width, height * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    for ax in axes.flat:
-        ax.locator_params(nbins=6)
-    return figure, axes
-
-
-def _wrapped(count: int, x: str, y: str | None = None, *, height: float, across: int = 3) -> tuple[Figure, list[Axes]]:
-    """Panels in even rows of up to `across`, with x below the lowest of each column."""
-    rows = math.ceil(count / across)
-    columns = math.ceil(count / rows)
-    figure, axes = _panels(rows, columns, height)
-    for ax in axes.flat[count:]:
-        ax.set_visible(False)
-    _label_edges(axes, x, y)
-    for ax in axes.flat[count - columns : count]:
-        ax.set_xlabel(x)
-    return figure, list(axes.flat[:count])
-
-
-def _title(figure: Figure, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left")
-
-
-def _label_edges(axes: np.ndarray, x: str, y: str | None = None) -> None:
-    for ax in axes.flat:
-        ax.set_xlabel("")
-    for ax in axes[-1]:
-        ax.set_xlabel(x)
-    for column, ax in np.ndenumerate(axes):
-        if y is not None:
-            ax.set_ylabel(y if column[1] == 0 else "")
 
 
 def _line(ax: Axes, table: pd.DataFrame, x: str, y: str, colour: Any, **options: Any) -> None:
@@ -975,7 +577,7 @@ def _line(ax: Axes, table: pd.DataFrame, x: str, y: str, colour: Any, **options:
 def _labelled(table: pd.DataFrame, besides: str | None = None) -> pd.DataFrame:
     """With `series`, what a line is called: its arm and β; besides an axis, its latent dimension too, but not that axis."""
     betas = table["beta"].astype(float) if besides != "beta" and "beta" in table else [math.nan] * len(table)
-    labels = [arm_label(arm, beta) for arm, beta in zip(table["arm"], betas, strict=True)]
+    labels = [drawing.arm_label(arm, beta) for arm, beta in zip(table["arm"], betas, strict=True)]
     if besides not in (None, "latent_dim") and "latent_dim" in table and table["latent_dim"].nunique() > 1:
         labels = [f"{label}, {_latents(count)}" for label, count in zip(labels, table["latent_dim"], strict=True)]
     return table.assign(series=labels)
@@ -985,7 +587,7 @@ def _colours(table: pd.DataFrame) -> dict[str, Any]:
     """A colour for each series of a labelled table, in the order of arms, β and latents; a larger β is a darker shade."""
     order = table.sort_values([axis for axis in ("beta", "latent_dim") if axis in table], kind="stable")
     found = {}
-    for arm, base in ARM_COLOURS.items():
+    for arm, base in drawing.ARM_COLOURS.items():
         series = order.loc[order["arm"] == arm, "series"].unique()
         found |= dict(zip(series, _shades(base, len(series)), strict=True))
     return found
@@ -999,18 +601,13 @@ def _shades(base: str, count: int) -> list[Any]:
 
 def _truth_colours(table: pd.DataFrame, truth: str | None) -> dict[str, Any]:
     if truth is None:
-        return {"mean over seeds": ARM_COLOURS["vae"]}
+        return {"mean over seeds": drawing.ARM_COLOURS["vae"]}
     values = sorted(table[truth].unique())
     return dict(zip(map(_key, values), sns.color_palette("viridis_r", len(values) + 1)[1:], strict=True))
 
 
 def _key(value: Any) -> str:
-    return number(float(value)) if isinstance(value, (int, float, np.number)) else str(value)
-
-
-def _handles(colours: dict[str, Any], marker: str | None = None, **options: Any) -> list[Line2D]:
-    options |= {"marker": marker, "markersize": 4}
-    return [Line2D([], [], color=colour, label=label, **options) for label, colour in colours.items()]
+    return drawing.number(float(value)) if isinstance(value, (int, float, np.number)) else str(value)
 
 
 def _markers(values: Iterable[float]) -> dict[float, str]:
@@ -1019,20 +616,8 @@ def _markers(values: Iterable[float]) -> dict[float, str]:
 
 def _marker_handles(values: Iterable[float]) -> list[Line2D]:
     markers = _markers(values)
-    return [Line2D([], [], color=GREY, marker=m, linestyle="", label=f"λ = {number(v)}") for v, m in markers.items()]
-
-
-def _legend(figure: Figure, handles: list[Line2D], title: str | None = None) -> None:
-    figure.legend(handles=handles, loc="outside right center", title=title, alignment="left")
-
-
-def _no_ticks(ax: Axes, x: str, y: str) -> None:
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set_visible(False)
-    ax.grid(False)
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
+    style = {"color": drawing.GREY, "linestyle": ""}
+    return [Line2D([], [], marker=m, label=f"λ = {drawing.number(v)}", **style) for v, m in markers.items()]
 
 
 def _latents(count: Any) -> str:
@@ -1046,7 +631,7 @@ def _words(name: str | None) -> str | None:
 def _short(value: float, digits: int = 3) -> str:
     if abs(value) < 1e-8:
         return "0"
-    return number(float(f"{value:.{digits}g}" if abs(value) >= 1e-3 else f"{value:.1g}")).replace("-0", "−0")
+    return drawing.number(float(f"{value:.{digits}g}" if abs(value) >= 1e-3 else f"{value:.1g}")).replace("-0", "−0")
 
 
 def _range(values: Iterable[float]) -> tuple[float, float]:

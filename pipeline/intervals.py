@@ -57,13 +57,13 @@ def summarise(table: pd.DataFrame, by: Sequence[str], metrics: Sequence[str]) ->
     Settings keep the order in which they first appear. The number of unconverged cells is added where the table knows it.
     """
     by, metrics = list(by), list(metrics)
-    found = _counts(table, by)
     means, halves, _ = _over_seeds(table, by, metrics)
+    found = {}
     for metric in metrics:
         found[metric] = means[metric].to_numpy()
         found[f"{metric} low"] = (means[metric] - halves[metric]).to_numpy()
         found[f"{metric} high"] = (means[metric] + halves[metric]).to_numpy()
-    return found
+    return pd.concat([_counts(table, by), pd.DataFrame(found)], axis=1)
 
 
 def paired_table(table: pd.DataFrame, same: Sequence[str], metric: str) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import claims, config, figures, identities, intervals, measures
+from pipeline import claims, config, drawing, figures, identities, intervals, measures
 from pipeline import markdown as md
 from pipeline.claims import Entry
 
@@ -177,4 +177,4 @@ def _panel(entry: Entry) -> figures.ClaimPanel:
 
 
 def _tick(label: str) -> str:
-    return figures.ARM_LABELS.get(label, label)
+    return drawing.ARM_LABELS.get(label, label)

@@ -8,9 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pipeline.figures import number
-
-AXIS_WORDS = {"latent_dim": "latents", "l2": "λ", "sigma2": "σ²", "beta": "β"}
+from pipeline.drawing import number
+from pipeline.figures import AXIS_WORDS
 
 
 def escape(text: Any) -> str:

@@ -162,7 +162,9 @@ def _henze_zirkler_critical(b: float, d: int) -> float:
 
 def kurtosis(codes: Float[Tensor, "stack row latent"]) -> Float[Tensor, " stack"]:
     """Excess kurtosis of each latent over rows, averaged over latents; 0 for a normal distribution."""
-    return torch.from_numpy(stats.kurtosis(codes.double().cpu().numpy(), axis=1).mean(axis=-1)).to(codes)
+    centred = codes.double() - codes.double().mean(dim=1, keepdim=True)
+    moments = [centred.pow(power).mean(dim=1) for power in (2, 4)]
+    return (moments[1] / moments[0].square() - 3).mean(dim=-1).float()
 
 
 def utilisation(codes: Float[Tensor, "stack row latent"]) -> Float[Tensor, " stack"]:

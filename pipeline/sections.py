@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from pipeline import artifacts, claims, config, figures, grid, intervals, ledger, measures
+from pipeline import claims, config, drawing, figures, intervals, ledger, measures, portraits
 from pipeline import markdown as md
+from pipeline.results import Gallery, SearchResults, StudyResults
 
 TRUTH = "manifold_dim"
 METRICS = ("test/reconstruction", "test/mse", "test/kl", "test/active_units", "test/knn_accuracy")
@@ -29,111 +26,18 @@ COUNTS = {
 LONGEST_TABLE = 16
 MOST_SERIES = 3
 SAME_ERROR = 1.05
+NONE_NEAR = 0.001  # share of values that is none
 CANCELLING = (
     "Columns are those of the first decoder layer, one for each latent dimension. A column's sum *cancels* where it is below a "
     "tenth of the column's L1 norm: the criterion of the column sum then takes a used dimension for an unused one."
 )
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Where the report's figures go, and the name that begins those of one study or search."""
-
-    folder: Path
-    name: str
-
-    def show(self, kind: str, picture: Figure, caption: str) -> str:
-        """Saves a figure, and gives the markdown that shows it."""
-        file = f"{self.name}-{kind}.png"
-        figures.save(picture, self.folder / "figures" / file)
-        return md.picture(f"figures/{file}", caption)
-
-
-@dataclass(frozen=True)
-class Results:
-    """A study and every table that its stages wrote."""
-
-    name: str
-    pictures: Pictures
-    study: config.Study
-    describe: dict[str, Any]
-    about: dict[str, Any]
-    manifest: pd.DataFrame
-    history: pd.DataFrame
-    metrics: pd.DataFrame
-    noise: pd.DataFrame
-    pca: pd.DataFrame
-    paired: pd.DataFrame
-    best: pd.DataFrame
-    columns: pd.DataFrame
-    ablation: pd.DataFrame
-    counts: pd.DataFrame
-
-    @property
-    def measured(self) -> claims.Measured:
-        """What claims are decided from."""
-        converged = self.manifest[["cell_id", "unconverged"]]
-        counts = self.counts[["cell_id", *set(self.counts) - set(self.manifest)]].rename(
-            columns=lambda name: name if name == "cell_id" else f"prune/{name}"
-        )
-        cells = self.metrics.merge(counts, on="cell_id", how="left")
-        return claims.Measured(cells, self.noise.merge(converged, on="cell_id", how="left"))
-
-    @property
-    def axes(self) -> list[str]:
-        """Columns that, beside arm and β, tell settings apart."""
-        return [*self.study.data.axes, *(axis for axis in grid.AXES if axis != "beta")]
-
-
-@dataclass(frozen=True)
-class SearchResults:
-    """A search and its tables."""
-
-    name: str
-    pictures: Pictures
-    search: config.Search
-    about: dict[str, Any]
-    trials: pd.DataFrame
-
-
-def load_study(name: str, reports: Path) -> Results:
-    """Reads a study's config and tables; `reports` is the report's folder. Raises ArtifactError where one is missing."""
-    folders = artifacts.Folders(name)
-    paths = {key: folders.evaluate / f"{key}.csv" for key in ("metrics", "noise", "pca", "paired", "best")}
-    paths |= {key: folders.prune / f"{key}.csv" for key in ("columns", "ablation")} | {"counts": folders.prune / "summary.csv"}
-    paths |= {key: folders.train / f"{key}.csv" for key in ("manifest", "history")}
-    return Results(
-        name=name,
-        pictures=Pictures(reports, name),
-        study=config.load_study(name),
-        describe=artifacts.read_json(folders.prepared / "describe.json"),
-        about=artifacts.read_json(folders.train / "about.json"),
-        **{key: _without_false_kl(artifacts.read_table(path)) for key, path in paths.items()},
-    )
-
-
-def _without_false_kl(table: pd.DataFrame) -> pd.DataFrame:
-    """A deterministic arm's untrained variances give a number that is no KL: it is left out."""
-    if table.empty or "arm" not in table:
-        return table
-    deterministic = ~table["arm"].map(lambda arm: config.ARMS[arm].samples).astype(bool)
-    if "criterion" in table:
-        return table[~deterministic | (table["criterion"] != "kl")]
-    of_kl = [column for column in ("kl", "elbow_kl", "test/kl") if column in table]
-    return table.assign(**{column: table[column].astype(float).mask(deterministic) for column in of_kl})
-
-
-def load_search(name: str, reports: Path) -> SearchResults:
-    """Reads a search's config and tables. Raises ArtifactError where one is missing."""
-    folder = artifacts.Folders(name).search
-    about = artifacts.read_json(folder / "about.json")
-    return SearchResults(
-        name, Pictures(reports, name), config.load_search(name), about, artifacts.read_table(folder / "trials.csv")
-    )
-
-
 def study_section(
-    results: Results, searches: Sequence[SearchResults], entries: Sequence[claims.Entry], studies: Mapping[str, config.Study]
+    results: StudyResults,
+    searches: Sequence[SearchResults],
+    entries: Sequence[claims.Entry],
+    studies: Mapping[str, config.Study],
 ) -> str:
     """All that is known about one study; `entries` are its lines of the ledger, `studies` all that claims speak of."""
     front = next((search for search in searches if search.search.study == results.name), None)
@@ -144,30 +48,32 @@ def study_section(
         ledger.study_section(entries, studies, _claims_figure(results, entries)),
         _metrics_section(results),
         _rate_section(results, front),
-        _plane_section(results),
+        portraits.section(results),
         _noise_section(results),
+        _training_noise_section(results),
+        _data_axes_section(results),
         _prune_section(results),
     )
 
 
-def headlines(results: Results) -> list[str]:
+def headlines(results: StudyResults) -> list[str]:
     """For each kind of analysis one sentence: how often which verdict was reached, over all settings."""
     found = [_clean_headline(results), _noise_headline(results), *_count_headlines(results)]
     return [f"`{results.name}`: {sentence}" for sentence in found if sentence]
 
 
-def _claims_figure(results: Results, entries: Sequence[claims.Entry]) -> str:
+def _claims_figure(results: StudyResults, entries: Sequence[claims.Entry]) -> str:
     panels = ledger.panels(entries)
     if not panels:
         return ""
     caption = "What decides each claim: thin lines are seeds, points their means with 95% intervals; dashed: the claimed bound."
-    return results.pictures.show("claims", figures.claim_panels(panels), caption)
+    return results.gallery.show("claims", figures.claim_panels(panels), caption)
 
 
 # The grid and its metrics
 
 
-def _grid_in_words(results: Results) -> str:
+def _grid_in_words(results: StudyResults) -> str:
     study, axes = results.study, results.study.grid
     arms = " and ".join(_arm_in_words(name, arm) for name, arm in axes.arms.items())
     data = [f"{md.words(key)} {md.value(option)}" for key, option in study.data.options.items()]
@@ -177,26 +83,47 @@ def _grid_in_words(results: Results) -> str:
     return (
         f"*Grid:* {arms}; latent dimension {md.values(axes.latent_dim)}; λ {md.values(axes.l2)}{variance}; "
         f"{len(axes.seed)} seeds. *Data:* {'; '.join([f'`{study.data.name}`', *data])}. *Network:* {widths}-latent and its "
-        f"mirror image, {study.model.activation}, {study.model.likelihood.capitalize()} likelihood. {_training_in_words(study)}"
+        f"mirror image, {_network_in_words(study.model)}. {_training_in_words(study)}"
     )
+
+
+def _network_in_words(model: config.Model) -> str:
+    decoder = f" ({model.decoder_activation} in the decoder)" if model.decoder_activation else ""
+    end = (", then ReLU" if model.output == "relu" else "") + (f", dropout {model.dropout:g}" if model.dropout else "")
+    return f"{model.activation}{decoder}, {model.likelihood.capitalize()} likelihood{end}"
 
 
 def _arm_in_words(name: str, arm: config.ArmAxes) -> str:
-    label = figures.arm_label(name)
-    return f"{label} with β {md.values(arm.beta)}" if config.ARMS[name].penalty != "none" else label
+    if config.ARMS[name].penalty == "none":
+        return drawing.arm_label(name)
+    rises = f", which rises over the first {md.values(arm.anneal)} of training" if any(arm.anneal) else ""
+    return f"{drawing.arm_label(name)} with β {md.values(arm.beta)}{rises}"
 
 
 def _training_in_words(study: config.Study) -> str:
-    train = study.train
-    schedules = {"learning rate": train.learning_rate_schedule, "β": train.beta_schedule}
-    moving = "".join(
-        f"; {what} {s.kind}, × {s.start:g} to × {s.end:g}" for what, s in schedules.items() if s.kind != "constant"
+    train, rate = study.train, md.values(study.grid.learning_rate)
+    noise = f" {_noise_in_words(train.noise, study.grid.train_noise)}" if train.noise else ""
+    order = "" if train.shuffle else ", rows never shuffled"
+    schedule = _schedule_in_words(train.learning_rate_schedule)
+    return (
+        f"*Training:* {md.count(train.updates)} updates of {train.batch_size} samples{order}, Adam at {rate}{schedule}.{noise}"
     )
-    rate = md.values(study.grid.learning_rate)
-    return f"*Training:* {md.count(train.updates)} updates of {train.batch_size} samples, Adam at {rate}{moving}."
 
 
-def _metrics_section(results: Results) -> str:
+def _schedule_in_words(schedule: config.Schedule) -> str:
+    if schedule.kind == "constant":
+        return ""
+    if schedule.kind == "steps":
+        return f", × {schedule.ratio:g} at {md.values(schedule.at)} of the updates"
+    return f", {schedule.kind} from × {schedule.start:g} to × {schedule.end:g}"
+
+
+def _noise_in_words(noise: config.TrainNoise, levels: Sequence[float]) -> str:
+    clipped = "clipped to [0, 1]" if noise.clip else "not clipped"
+    return f"*Noise in training:* {_noise(noise.kind)}, levels {md.values(levels)}, {clipped}; the target is {noise.target}."
+
+
+def _metrics_section(results: StudyResults) -> str:
     if results.metrics.empty:
         return "No cell was evaluated: all of them diverged or are missing."
     known = [metric for metric in METRICS if metric in results.metrics and results.metrics[metric].notna().any()]
@@ -212,10 +139,10 @@ def _metrics_section(results: Results) -> str:
     return md.join("### Metrics", intro, short, notes, md.folded(f"All {len(summary)} settings", full))
 
 
-def _metrics_table(results: Results, summary: pd.DataFrame, axes: list[str], metrics: list[str]) -> str:
+def _metrics_table(results: StudyResults, summary: pd.DataFrame, axes: list[str], metrics: list[str]) -> str:
     rows = []
     for _, row in summary.iterrows():
-        label = figures.arm_label(row["arm"], row["beta"])
+        label = drawing.arm_label(row["arm"], row["beta"])
         label += f" †{row['unconverged']}" if row["unconverged"] else ""
         label += f" ({row['cells']} seeds)" if row["cells"] < len(results.study.grid.seed) else ""
         rows.append([label, *(md.value(row[axis]) for axis in axes), *(_mean(row, metric) for metric in metrics)])
@@ -230,7 +157,7 @@ def _metrics_notes(summary: pd.DataFrame) -> str:
     return notes + (" †n: n of the setting's cells are unconverged." if summary["unconverged"].any() else "")
 
 
-def _clean_headline(results: Results) -> str:
+def _clean_headline(results: StudyResults) -> str:
     if results.metrics.empty:
         return ""
     paired = intervals.paired_table(results.metrics, results.axes, "test/mse")
@@ -251,21 +178,21 @@ def _tally(paired: pd.DataFrame, where: str) -> str:
 # Rate and distortion
 
 
-def _rate_section(results: Results, front: SearchResults | None) -> str:
-    table, fixed = _slice(results, results.metrics, keep=("latent_dim", "l2"))
+def _rate_section(results: StudyResults, front: SearchResults | None) -> str:
+    table, fixed = results.slice(results.metrics, keep=("latent_dim", "l2"))
     penalised = table[table["arm"] != intervals.CONTROL] if len(table) else table
     if penalised.empty or penalised.groupby("arm")["beta"].nunique().max() < 2:
         return ""
     summary = intervals.summarise(table, ["arm", "latent_dim", "beta", "l2"], ["test/reconstruction", "test/mse", "test/kl"])
-    findings = [*_weight_findings(table, "beta"), *_weight_findings(table, "l2"), *_collapse_findings(table)]
+    findings = [*_weight_findings(table, "beta"), *_weight_findings(table, "l2"), *_threshold_findings(table)]
     return md.join("### Rate and distortion", _note(fixed), md.bullets(findings), _rate_figure(results, summary, front))
 
 
-def _rate_figure(results: Results, summary: pd.DataFrame, front: SearchResults | None) -> str:
+def _rate_figure(results: StudyResults, summary: pd.DataFrame, front: SearchResults | None) -> str:
     if summary["l2"].nunique() > 2:
         picture = figures.heat_map(summary, {"test/mse": "Squared error", "test/kl": "KL (nats)"})
         caption = "Squared error per dimension and KL over β and λ, means over seeds; the column AE is the plain AE."
-        return results.pictures.show("beta-lambda", picture, caption)
+        return results.gallery.show("beta-lambda", picture, caption)
     trials = None
     caption = "KL against reconstruction on the test set, with 95% intervals over seeds; the level line is the plain AE."
     if front is not None and front.search.latent_dim in set(summary["latent_dim"]):
@@ -273,7 +200,7 @@ def _rate_figure(results: Results, summary: pd.DataFrame, front: SearchResults |
         caption += (
             f" Grey: the trials of `{front.name}` (validation set, one seed, {md.count(front.search.train.updates)} updates)."
         )
-    return results.pictures.show("rate-distortion", figures.rate_distortion(summary, trials), caption)
+    return results.gallery.show("rate-distortion", figures.rate_distortion(summary, trials), caption)
 
 
 def _weight_findings(table: pd.DataFrame, weight: str) -> list[str]:
@@ -299,49 +226,35 @@ def _change(group: pd.DataFrame, weight: str, metric: str) -> str:
     return f"{intervals.change(difference)} {name} ({intervals.with_bounds(difference)} nats)"
 
 
-def _collapse_findings(table: pd.DataFrame) -> list[str]:
-    """From which λ on a VAE has no active unit in any seed."""
+def _threshold_findings(table: pd.DataFrame) -> list[str]:
+    """From which λ on a VAE has no active unit, or reconstructs no value near 0, in any seed."""
+    effects = {"test/active_units": (0.0, "no unit is active"), "test/near_0": (NONE_NEAR, "no reconstructed value is near 0")}
     found = []
-    for latent_dim, group in table[table["arm"] == "vae"].groupby("latent_dim"):
-        starts = {beta: _collapse(cells) for beta, cells in group.groupby("beta")}
-        told = [f"from λ = {md.value(start)} on at β = {md.value(beta)}" for beta, start in starts.items() if start is not None]
-        if told:
-            found.append(f"VAE, {md.latents(latent_dim)}: no unit is active in any seed {', '.join(told)}.")
+    for metric, (most, effect) in effects.items():
+        for latent_dim, group in table[table["arm"] == "vae"].dropna(subset=[metric]).groupby("latent_dim"):
+            starts = {beta: _first_l2(cells, metric, most) for beta, cells in group.groupby("beta")}
+            told = [f"{md.value(start)} at β = {md.value(beta)}" for beta, start in starts.items() if start is not None]
+            if told:
+                found.append(f"VAE, {md.latents(latent_dim)}: {effect} in any seed from λ = {', '.join(told)} on.")
     return found
 
 
-def _collapse(cells: pd.DataFrame) -> float | None:
-    most = cells.groupby("l2")["test/active_units"].max()
-    alive = most[most > 0].index.max() if (most > 0).any() else -math.inf
-    dead = most.index[most.index > alive]
-    return dead.min() if len(dead) else None
-
-
-def _plane_section(results: Results) -> str:
-    """Input, code and reconstruction of the VAE that is best on validation, for data of two dimensions."""
-    best = results.best
-    best = best[best["arm"] == "vae"] if len(best) else best
-    if results.describe["features"] != 2 or results.describe["image_shape"] or best.empty:
-        return ""
-    row = best.sort_values("latent_dim", kind="stable").iloc[-1]
-    path = artifacts.Folders(results.name).evaluate / "codes" / f"{row['cell_id']}.safetensors"
-    tensors = {name: tensor.numpy() for name, tensor in artifacts.read_tensors(path).items()}
-    rows = min(len(tensors["x"]), len(tensors["codes"]), len(tensors["reconstructions"]))
-    picture = figures.plane(*(tensors[name][:rows] for name in ("x", "codes", "reconstructions")))
-    setting = "".join(f", {md.words(axis)} = {md.value(row[axis])}" for axis in ("beta", "l2") if axis in row)
-    best_one = f"the VAE with {md.latents(row['latent_dim'])}{setting}, which is best on validation"
-    caption = f"Test points, their codes and reconstructions, coloured by the input's quadrant: {best_one}."
-    return md.join("### Input, code and reconstruction", results.pictures.show("plane", picture, caption))
+def _first_l2(cells: pd.DataFrame, metric: str, most: float) -> float | None:
+    """The smallest λ from which on the metric is at most `most` in every seed."""
+    highest = cells.groupby("l2")[metric].max()
+    above = highest.index[highest > most].max() if (highest > most).any() else -math.inf
+    below = highest.index[highest.index > above]
+    return below.min() if len(below) else None
 
 
 # Robustness
 
 
-def _noise_section(results: Results) -> str:
+def _noise_section(results: StudyResults) -> str:
     if results.noise.empty:
         return ""
-    noise, fixed = _slice(results, results.noise)
-    pca = _slice(results, results.pca)[0] if len(results.pca) else None
+    noise, fixed = results.slice(results.noise)
+    pca = results.slice(results.pca)[0] if len(results.pca) else None
     summary = intervals.summarise(noise, ["noise", "level", "latent_dim", "arm", "beta"], ["mse_clean"])
     picture = figures.robustness(summary, None if pca is None else pca.dropna(subset=["noise"]))
     caption = (
@@ -350,14 +263,14 @@ def _noise_section(results: Results) -> str:
     return md.join(
         "### Robustness against the plain AE",
         _note(fixed),
-        results.pictures.show("robustness", picture, caption),
+        results.gallery.show("robustness", picture, caption),
         _paired_part(results),
         _pca_part(results, noise, pca),
     )
 
 
-def _paired_part(results: Results) -> str:
-    paired = _slice(results, _corrupted(results))[0]
+def _paired_part(results: StudyResults) -> str:
+    paired = results.slice(_corrupted(results))[0]
     if paired.empty:
         return "There is no plain AE to compare with."
     rows = []
@@ -366,15 +279,15 @@ def _paired_part(results: Results) -> str:
     ):
         strongest = group.sort_values("level").iloc[-1]
         there = f"{md.value(strongest['level'])}: {intervals.with_bounds(_difference(strongest))}"
-        label = figures.arm_label(arm, beta) + (f" †{strongest['unconverged']}" if strongest["unconverged"] else "")
+        label = drawing.arm_label(arm, beta) + (f" †{strongest['unconverged']}" if strongest["unconverged"] else "")
         rows.append([_noise(kind), md.value(latent_dim), label, _verdicts_by_level(group), there])
     caption = "Error minus that of the plain AE with the same latent dimension, λ and seed, with 95% intervals over seeds."
-    picture = results.pictures.show("paired", figures.paired_differences(paired), caption)
+    picture = results.gallery.show("paired", figures.paired_differences(paired), caption)
     header = ["noise", "latents", "arm", "against the plain AE, by noise level", "difference at the strongest level"]
     return md.join(picture, md.table(header, rows))
 
 
-def _corrupted(results: Results) -> pd.DataFrame:
+def _corrupted(results: StudyResults) -> pd.DataFrame:
     return results.paired[results.paired["noise"] != "clean"] if len(results.paired) else results.paired
 
 
@@ -385,15 +298,15 @@ def _verdicts_by_level(group: pd.DataFrame) -> str:
     return "; ".join(f"{word.removesuffix(' from').removesuffix(' to')} at {', '.join(at)}" for word, at in levels.items())
 
 
-def _pca_part(results: Results, noise: pd.DataFrame, pca: pd.DataFrame | None) -> str:
+def _pca_part(results: StudyResults, noise: pd.DataFrame, pca: pd.DataFrame | None) -> str:
     """PCA beside the arms: on clean inputs, and at the strongest level of each kind of noise."""
     if pca is None or pca.empty:
         return ""
     strongest = noise[noise.groupby("noise")["level"].transform("max") == noise["level"]]
-    clean = _slice(results, results.metrics)[0].assign(noise="clean", level=0.0).rename(columns={"test/mse": "mse_clean"})
+    clean = results.slice(results.metrics)[0].assign(noise="clean", level=0.0).rename(columns={"test/mse": "mse_clean"})
     by = ["noise", "level", "latent_dim", "arm", "beta"]
     summary = intervals.summarise(pd.concat([clean, strongest])[[*by, "seed", "mse_clean"]], by, ["mse_clean"])
-    summary["label"] = [figures.arm_label(arm, beta) for arm, beta in zip(summary["arm"], summary["beta"], strict=True)]
+    summary["label"] = [drawing.arm_label(arm, beta) for arm, beta in zip(summary["arm"], summary["beta"], strict=True)]
     labels = list(dict.fromkeys(summary["label"]))[:5]
     reference = pca.assign(noise=pca["noise"].fillna("clean"), level=pca["level"].fillna(0.0))
     rows = [_pca_row(key, group, labels, reference) for key, group in summary.groupby(by[:3], sort=False)]
@@ -421,16 +334,46 @@ def _neighbour_sentence(pca: pd.DataFrame) -> str:
     return f"k-NN accuracy, for comparison: PCA's codes {of_codes}; the raw inputs {raw}."
 
 
-def _noise_headline(results: Results) -> str:
+def _noise_headline(results: StudyResults) -> str:
     paired = _corrupted(results)
     paired = paired[(paired["arm"] == "vae") & (paired["level"] > 0)] if len(paired) else paired
     return _tally(paired, "squared error on corrupted inputs")
 
 
+# Noise in training, and properties of the data
+
+
+def _training_noise_section(results: StudyResults) -> str:
+    """Errors on inputs as noisy as in training, from clean and from noisy images."""
+    columns = [f"matched/mse_{target}" for target in ("clean", "noisy")]
+    if not set(columns) <= set(results.metrics) or results.metrics["train_noise"].nunique() < 2:
+        return ""
+    table, fixed = results.slice(results.metrics, keep=("latent_dim", "train_noise"))
+    targets = [table.assign(target=column.removeprefix("matched/mse_"), mse=table[column]) for column in columns]
+    summary = intervals.summarise(pd.concat(targets), ["target", "train_noise", "latent_dim", "arm", "beta"], ["mse"])
+    caption = "Squared error on test inputs as noisy as those of training, with 95% bands over seeds."
+    picture = results.gallery.show(
+        "training-noise", figures.noise_curves(summary, "mse", "squared error per dimension"), caption
+    )
+    return md.join("### Noise in training", _note(fixed), picture)
+
+
+def _data_axes_section(results: StudyResults) -> str:
+    """The error over two properties of the data, beside the plain AE's."""
+    axes = list(results.study.data.axes)
+    if len(axes) != 2 or results.metrics.empty or intervals.CONTROL not in set(results.metrics["arm"]):
+        return ""
+    table, fixed = results.slice(results.metrics, keep=axes)
+    summary = intervals.summarise(table, [*axes, "arm", "beta"], ["test/mse"])
+    caption = "Squared error on clean test data over two properties of the training data, means over seeds."
+    picture = figures.outlier_map(summary, axes[1], axes[0], "test/mse", "Squared error")
+    return md.join("### Over the data's properties", _note(fixed), results.gallery.show("data-axes", picture, caption))
+
+
 # Pruning
 
 
-def _prune_section(results: Results) -> str:
+def _prune_section(results: StudyResults) -> str:
     if results.counts.empty or results.columns.empty:
         return ""
     heading = md.join("### Which latent dimensions are used", CANCELLING)
@@ -438,15 +381,14 @@ def _prune_section(results: Results) -> str:
     if TRUTH not in results.counts:
         return md.join(heading, md.bullets(cancelled))
     tables = [
-        _few_series(*_slice(results, t, keep=("latent_dim", TRUTH)))
-        for t in (results.columns, results.counts, results.ablation)
+        _few_series(*results.slice(t, keep=("latent_dim", TRUTH))) for t in (results.columns, results.counts, results.ablation)
     ]
     columns, counts, ablation = (table for table, _ in tables)
     return md.join(
         heading,
         _note(tables[0][1]),
         md.bullets([*_ablation_findings(ablation), *cancelled]),
-        _prune_figures(results.pictures, columns, counts, ablation),
+        _prune_figures(results.gallery, columns, counts, ablation),
         _counts_table(counts),
     )
 
@@ -459,16 +401,16 @@ def _few_series(table: pd.DataFrame, fixed: list[str]) -> tuple[pd.DataFrame, li
     return table[distance == distance.groupby(table["arm"]).transform("min")], [*fixed, "the β nearest to 1 of each arm"]
 
 
-def _prune_figures(pictures: Pictures, columns: pd.DataFrame, counts: pd.DataFrame, ablation: pd.DataFrame) -> str:
+def _prune_figures(gallery: Gallery, columns: pd.DataFrame, counts: pd.DataFrame, ablation: pd.DataFrame) -> str:
     summary = intervals.summarise(counts, ["arm", "beta", TRUTH], list(COUNTS))
     curves = intervals.summarise(ablation, ["arm", "beta", "latent_dim", TRUTH, "criterion", "zeroed"], ["mse"])
     used = "Dimensions counted as used against the true dimension of the data, with 95% intervals over seeds."
     scree = "Columns of the first decoder layer, and what each dimension carries, sorted within each cell; means over seeds."
     zeroed = "Squared error as dimensions are zeroed in each criterion's order, with 95% bands; ring: the true number is left."
     return md.join(
-        pictures.show("dimensions", figures.used_dimensions(summary, TRUTH, COUNTS), used),
-        pictures.show("scree", figures.scree(columns, TRUTH), scree),
-        pictures.show("ablation", figures.ablation(curves, TRUTH), zeroed),
+        gallery.show("dimensions", figures.used_dimensions(summary, TRUTH, COUNTS), used),
+        gallery.show("scree", figures.scree(columns, TRUTH), scree),
+        gallery.show("ablation", figures.ablation(curves, TRUTH), zeroed),
     )
 
 
@@ -476,7 +418,7 @@ def _counts_table(counts: pd.DataFrame) -> str:
     measures = {**COUNTS, "cancelled": "cancelling columns"}
     summary = intervals.summarise(counts, ["arm", "beta", TRUTH], list(measures))
     rows = [
-        [figures.arm_label(row["arm"], row["beta"]), md.value(row[TRUTH]), *(_mean(row, measure) for measure in measures)]
+        [drawing.arm_label(row["arm"], row["beta"]), md.value(row[TRUTH]), *(_mean(row, measure) for measure in measures)]
         for _, row in summary.iterrows()
     ]
     return md.table(["arm", "true dimension", *measures.values()], rows)
@@ -507,7 +449,7 @@ def _cancel_sentence(label: str, columns: pd.DataFrame) -> str:
     return f"{label}: the column sum cancels in {counts}, {md.count((cancels & active).sum())} of them of active units."
 
 
-def _count_headlines(results: Results) -> list[str]:
+def _count_headlines(results: StudyResults) -> list[str]:
     if results.counts.empty or TRUTH not in results.counts:
         return []
     found = []
@@ -528,7 +470,7 @@ def search_section(results: SearchResults) -> str:
         return md.join(heading, "No trial finished, so there is no front.")
     front = finished[finished["on_front"].astype(bool)].sort_values("rate")
     caption = "Validation KL against validation reconstruction of every finished trial, coloured by β, and the Pareto front."
-    return md.join(heading, results.pictures.show("front", figures.search_front(finished), caption), _front_table(front))
+    return md.join(heading, results.gallery.show("front", figures.search_front(finished), caption), _front_table(front))
 
 
 def _search_in_words(results: SearchResults, finished: int) -> str:
@@ -552,22 +494,9 @@ def _front_table(front: pd.DataFrame) -> str:
 # Shared parts
 
 
-def _slice(results: Results, table: pd.DataFrame, keep: Sequence[str] = ("latent_dim",)) -> tuple[pd.DataFrame, list[str]]:
-    """Fixes every axis not in `keep` at its smallest or first value, so that a line is one setting; says what was fixed."""
-    fixed = []
-    for axis in results.axes:
-        if axis in keep or axis not in table or table[axis].nunique() < 2:
-            continue
-        known = table[axis].dropna()
-        first = known.min() if pd.api.types.is_numeric_dtype(known) else known.iloc[0]
-        table = table[table[axis] == first]
-        fixed.append(f"{md.words(axis)} = {md.value(first)}")
-    return table, fixed
-
-
 def _by_arm(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
     for (arm, beta), rows in table.groupby(["arm", "beta"], dropna=False, sort=False):
-        yield figures.arm_label(arm, beta), rows
+        yield drawing.arm_label(arm, beta), rows
 
 
 def _difference(row: pd.Series) -> intervals.Interval:

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline import figures
+from pipeline import drawing, figures, pictures
 from pipeline.config import ARMS
 
 RNG = np.random.default_rng(0)
@@ -124,20 +124,20 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "ablation without truth": lambda: figures.ablation(_ablation()[lambda t: t["manifold_dim"] == 1]),
     "used dimensions": lambda: figures.used_dimensions(_counts(), "manifold_dim", MEASURES),
     "heat map": lambda: figures.heat_map(_rates((0.0, 0.1, 0.2)), {"test/mse": "Squared error", "test/kl": "KL (nats)"}),
-    "reconstructions, plane": lambda: figures.reconstructions(POINTS, 0.9 * POINTS),
-    "reconstructions, vectors": lambda: figures.reconstructions(IMAGES, IMAGES),
-    "reconstructions, images": lambda: figures.reconstructions(IMAGES, IMAGES, (5, 6)),
-    "reconstructions, few images": lambda: figures.reconstructions(IMAGES[:3], IMAGES[:3], (5, 6)),
-    "plane, one latent": lambda: figures.plane(POINTS, POINTS[:, :1], POINTS),
-    "plane, two latents": lambda: figures.plane(POINTS, POINTS, POINTS),
-    "latents, one": lambda: figures.latent_scatter(POINTS[:, :1], LABELS, ["a", "b", "c"]),
-    "latents, two": lambda: figures.latent_scatter(POINTS, LABELS),
-    "latents, many": lambda: figures.latent_scatter(IMAGES, LABELS),
-    "latents, no labels": lambda: figures.latent_scatter(POINTS),
-    "manifold, plane": lambda: figures.manifold(figures.manifold_codes(8)),
-    "manifold, images": lambda: figures.manifold(IMAGES, (5, 6)),
-    "samples, plane": lambda: figures.samples(POINTS),
-    "samples, images": lambda: figures.samples(IMAGES, (5, 6)),
+    "reconstructions, plane": lambda: pictures.reconstructions(POINTS, 0.9 * POINTS),
+    "reconstructions, vectors": lambda: pictures.reconstructions(IMAGES, IMAGES),
+    "reconstructions, images": lambda: pictures.reconstructions(IMAGES, IMAGES, (5, 6)),
+    "reconstructions, few images": lambda: pictures.reconstructions(IMAGES[:3], IMAGES[:3], (5, 6)),
+    "plane, one latent": lambda: pictures.plane(POINTS, POINTS[:, :1], POINTS),
+    "plane, two latents": lambda: pictures.plane(POINTS, POINTS, POINTS),
+    "latents, one": lambda: pictures.latent_scatter(POINTS[:, :1], LABELS, ["a", "b", "c"]),
+    "latents, two": lambda: pictures.latent_scatter(POINTS, LABELS),
+    "latents, many": lambda: pictures.latent_scatter(IMAGES, LABELS),
+    "latents, no labels": lambda: pictures.latent_scatter(POINTS),
+    "manifold, plane": lambda: pictures.manifold(pictures.manifold_codes(8)),
+    "manifold, images": lambda: pictures.manifold(IMAGES, (5, 6)),
+    "samples, plane": lambda: pictures.samples(POINTS),
+    "samples, images": lambda: pictures.samples(IMAGES, (5, 6)),
     "measures over β": lambda: figures.measure_over(_rates((0.0,)), "beta", {"test/mse": "squared error", "test/kl": "KL"}),
     "measures over λ": lambda: figures.measure_over(_rates((0, 0.1)), "l2", {"test/mse": "squared error"}, "What λ does"),
     "measures over arms": lambda: figures.measure_over(_rates((0.0,)), "arm", {"test/mse": "squared error"}),
@@ -147,12 +147,12 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "PCA": lambda: figures.pca_curve(_spectrum(20), _summary(["mse"], latent_dim=[2, 8])),
     "outliers": lambda: figures.outlier_map(_outliers(), "outlier_ratio", "manifold_dim", "mse", "Squared error"),
     "ledger": lambda: figures.ledger(_claims()),
-    "lattice, one latent": lambda: figures.quadrant_lattice(_lattice(1)),
-    "lattice, two latents": lambda: figures.quadrant_lattice(_lattice(2)),
-    "latent spaces": lambda: figures.latent_spaces(SPACES, ["a", "b", "c"]),
-    "boots": lambda: figures.boot_axes(IMAGES, (5, 6), "latent 3: heel", "latent 0: shaft"),
-    "sheets of images": lambda: figures.sample_sheets([("AE", IMAGES), ("VAE", IMAGES[:9])], (1, 5, 6)),
-    "interpolations of images": lambda: figures.interpolations([("AE", IMAGES[:11])] * 2 + [("VAE", IMAGES[:11])], (5, 6)),
+    "lattice, one latent": lambda: pictures.quadrant_lattice(_lattice(1)),
+    "lattice, two latents": lambda: pictures.quadrant_lattice(_lattice(2)),
+    "latent spaces": lambda: pictures.latent_spaces(SPACES, ["a", "b", "c"]),
+    "boots": lambda: pictures.boot_axes(IMAGES, (5, 6), "latent 3: heel", "latent 0: shaft"),
+    "sheets of images": lambda: pictures.sample_sheets([("AE", IMAGES), ("VAE", IMAGES[:9])], (1, 5, 6)),
+    "interpolations of images": lambda: pictures.interpolations([("AE", IMAGES[:11])] * 2 + [("VAE", IMAGES[:11])], (5, 6)),
 }
 
 
@@ -167,16 +167,16 @@ def test_a_figure_says_what_its_axes_are(name: str):
 
 @pytest.mark.parametrize("name", ["rate-distortion with trials", "latents, many", "heat map", "ledger", "boots", "PCA"])
 def test_equal_data_give_equal_bytes_whatever_the_users_style(name: str, tmp_path: Path):
-    figures.save(DRAWINGS[name](), tmp_path / "first.png")
+    drawing.save(DRAWINGS[name](), tmp_path / "first.png")
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black", "figure.dpi": 50, "axes.grid": False}):
         before = dict(matplotlib.rcParams)
-        figures.save(DRAWINGS[name](), tmp_path / "second.png")
+        drawing.save(DRAWINGS[name](), tmp_path / "second.png")
         assert dict(matplotlib.rcParams) == before
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
 
 
 def test_a_png_carries_no_metadata_and_no_open_figure_is_left(tmp_path: Path):
-    figures.save(DRAWINGS["paired"](), tmp_path / "figure.png")
+    drawing.save(DRAWINGS["paired"](), tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as image:
         assert image.format == "PNG" and not image.info.keys() & {"Software", "Creation Time", "date"}
         assert image.width >= 800
@@ -187,28 +187,28 @@ def test_a_png_carries_no_metadata_and_no_open_figure_is_left(tmp_path: Path):
 def test_every_arm_has_its_colour_and_larger_betas_are_darker():
     colours = figures._colours(figures._labelled(_rates()))
     assert list(colours) == ["plain AE", "VAE, β = 1", "VAE, β = 4", "AE, code L2, β = 0.5"]
-    assert colours["plain AE"] == figures.ARM_COLOURS["ae"]
+    assert colours["plain AE"] == drawing.ARM_COLOURS["ae"]
     assert sum(colours["VAE, β = 1"][:3]) > sum(colours["VAE, β = 4"][:3])
-    assert set(figures.ARM_COLOURS) == set(figures.ARM_LABELS) == set(ARMS)
+    assert set(drawing.ARM_COLOURS) == set(drawing.ARM_LABELS) == set(ARMS)
 
 
 def test_manifold_codes_are_quantiles_of_the_prior_on_the_inner_nine_tenths():
-    codes = figures.manifold_codes(3)
+    codes = pictures.manifold_codes(3)
     edge = 1.6448536
     np.testing.assert_allclose(codes[:3], [[-edge, edge], [0, edge], [edge, edge]], atol=1e-6)
     assert codes.shape == (9, 2) and codes.dtype == np.float32
 
 
 def test_principal_components_do_not_flip_when_the_codes_do_not():
-    shown, x, _ = figures._shown_codes(IMAGES, LABELS)
-    again, _, _ = figures._shown_codes(IMAGES.copy(order="F"), LABELS)
+    shown, x, _ = pictures._shown_codes(IMAGES, LABELS)
+    again, _, _ = pictures._shown_codes(IMAGES.copy(order="F"), LABELS)
     np.testing.assert_allclose(shown, again, atol=1e-9)
     assert "principal component 1 of 30 latents" in x
 
 
 @pytest.mark.parametrize(("value", "text"), [(1e-5, "1e-5"), (1.0, "1"), (0.25, "0.25"), (2e10, "2e10"), (0.0005, "0.0005")])
 def test_settings_are_written_short(value: float, text: str):
-    assert figures.number(value) == text
+    assert drawing.number(value) == text
 
 
 def test_the_ledger_shows_what_was_decided_by_source_with_its_numbers():
@@ -274,8 +274,8 @@ def test_interpolations_of_one_model_lie_together():
 def test_large_pictures_stay_small_files(tmp_path: Path):
     noise = RNG.random((225, 28, 28)).cumsum(axis=2)  # smooth along one direction, as images are; noise along the other
     sheets = [(f"model {k}", (noise / noise.max()).reshape(225, -1)) for k in range(2)]
-    figures.save(figures.sample_sheets(sheets, (28, 28)), tmp_path / "sheets.png")
-    figures.save(
+    drawing.save(pictures.sample_sheets(sheets, (28, 28)), tmp_path / "sheets.png")
+    drawing.save(
         figures.ledger(pd.concat([_claims().assign(source=f"source {k}") for k in range(24)])), tmp_path / "ledger.png"
     )
     assert max(path.stat().st_size for path in tmp_path.iterdir()) < 150 * 1024

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pipeline import figures, intervals, metrics, tracking
+from pipeline import drawing, intervals, metrics, pictures, tracking
 from pipeline.artifacts import (
     Folders,
     Prepared,
@@ -25,13 +25,14 @@ from pipeline.artifacts import (
     write_tensors,
 )
 from pipeline.config import ARMS, load_settings, load_study
-from pipeline.evaluation import PATHS, POINTS, Measured, Reference, measured, noise_curves
+from pipeline.evaluation import COMPONENTS, PATHS, POINTS, Measured, Reference, measured, noise_curves
 from pipeline.executors import find_runtime
 from pipeline.grid import AXES, Cell
 
 STACK = 32  # cells that are measured together
 OUTPUTS = 2**26  # numbers that a stack's reconstructions may have
 PICTURED = 1000  # test rows in a scatter
+SHOWN_IMAGES = 50
 SAMPLES = 64
 INTERPOLATED = 8
 SHOWN = ["test/reconstruction", "test/mse", "test/kl", "test/active_units", "test/knn_accuracy"]
@@ -57,11 +58,13 @@ def run(name: str) -> None:
             rows[table] += found
         _save_shown(name, stack, set(best["cell_id"]), set(pictured["cell_id"]))
     tables = {"best": best, "pictured": pictured, "pca": pd.DataFrame(row for each in references for row in _pca(each))}
+    tables["components"] = pd.DataFrame(row for each in references for row in _components(each))
     tables |= {table: _in_order(found, finished) for table, found in rows.items()}
     tables["metrics"] = tables["metrics"].merge(manifest[["cell_id", "unconverged"]], how="left")
     tables |= _over_seeds(tables["metrics"], tables["noise"], list(study.data.axes))
     for table, content in tables.items():
         write_table(folder / f"{table}.csv", content)
+    write_tensors(folder / "codes" / "pca.safetensors", {"codes": _plane(references[0])})
     write_json(Folders(name).metrics, _means(tables["metrics"]))
     write_table(Folders(name).rate_distortion, _rate_distortion(tables["metrics"]))
     tracking.publish(studies=[name])
@@ -89,11 +92,11 @@ def _best(name: str, finished: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pictured(finished: Mapping[str, Cell], best: set[str], data: Prepared) -> pd.DataFrame:
-    """Cells whose codes are saved: the best ones, and for data in the plane every setting's first seed."""
+    """Cells whose codes are saved: the best ones; of images and of data in the plane, every setting's first seed too."""
     rows = [{"cell_id": key, **cell.row(), "dataset": cell.dataset} for key, cell in finished.items()]
     table = pd.DataFrame(rows, columns=None if rows else ["cell_id"])
     chosen = table["cell_id"].isin(best)
-    if rows and data.features == 2 and data.image_shape is None:
+    if rows and (data.features == 2 or data.image_shape):
         chosen |= ~table.sort_values("seed").duplicated(["arm", *AXES, "dataset"])
     return table[chosen]
 
@@ -122,6 +125,20 @@ def _pca(reference: Reference) -> Iterator[dict[str, Any]]:
     """PCA of every latent dimension: the linear code that autoencoders should beat."""
     for dim in sorted(set(reference.study.grid.latent_dim)):
         yield from ({**reference.point, "latent_dim": dim, **row} for row in _pca_rows(reference, dim))
+
+
+def _plane(reference: Reference) -> Float[Tensor, "row 2"]:
+    """Test rows on the first two principal components."""
+    return torch.from_numpy(reference.pca(2).transform(reference.x["test"][:PICTURED].cpu().numpy())).float()
+
+
+def _components(reference: Reference) -> Iterator[dict[str, Any]]:
+    """Explained variance and test error of PCA, component by component."""
+    pca, x = reference.pca(min(COMPONENTS, reference.data.features)), reference.x["test"].cpu()
+    scores = torch.from_numpy(pca.transform(x.numpy()))
+    left = (x - torch.from_numpy(pca.mean_)).square().mean() - scores.square().mean(dim=0).cumsum(dim=0) / x.shape[1]
+    for number, (ratio, mse) in enumerate(zip(pca.explained_variance_ratio_, left.tolist(), strict=True), start=1):
+        yield {**reference.point, "components": number, "variance_ratio": float(ratio), "mse": mse}
 
 
 def _pca_rows(reference: Reference, dim: int) -> Iterator[dict[str, Any]]:
@@ -189,7 +206,7 @@ def _save_shown(name: str, stack: Measured, best: set[str], pictured: set[str]) 
         key, tensors = stack.keys[row], _of_cell(stack, shown, row)
         write_tensors(Folders(name).evaluate / "codes" / f"{key}.safetensors", tensors)
         for picture, figure in _pictures(stack, tensors) if key in best else ():
-            figures.save(figure, Folders(name).evaluate / "pictures" / key / f"{picture}.png")
+            drawing.save(figure, Folders(name).evaluate / "pictures" / key / f"{picture}.png")
 
 
 def _shown(stack: Measured) -> dict[str, Float[Tensor, "stack ..."]]:
@@ -197,24 +214,28 @@ def _shown(stack: Measured) -> dict[str, Float[Tensor, "stack ..."]]:
     shown = {"codes": stack.codes["test"][:, :PICTURED], "reconstructions": stack.reconstructions[:, :PICTURED]}
     shown |= {"samples": stack.samples[:, :SAMPLES], "interpolation": stack.paths[:, :INTERPOLATED]}
     if stack.model.lanes == 2:
-        grid = torch.from_numpy(figures.manifold_codes()).to(stack.device)
+        grid = torch.from_numpy(pictures.manifold_codes()).to(stack.device)
         shown["manifold"] = stack.decode(stack.from_prior(grid))
     return shown
 
 
 def _of_cell(stack: Measured, shown: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
-    """One cell's part, with the rows that it was given."""
-    dim = stack.cells[row].latent_dim
+    """One cell's part, with the rows that it was given; of images, few, because they are large."""
+    dim, few = stack.cells[row].latent_dim, slice(SHOWN_IMAGES if stack.data.image_shape else PICTURED)
     tensors = {name: values[row] for name, values in shown.items() if name != "manifold" or dim == 2}
-    tensors |= {"codes": tensors["codes"][:, :dim], "x": stack.x["test"][:PICTURED]}
+    tensors |= {
+        "codes": tensors["codes"][:, :dim],
+        "x": stack.x["test"][few],
+        "reconstructions": tensors["reconstructions"][few],
+    }
     return tensors | ({"labels": stack.labels["test"][:PICTURED]} if stack.labels else {})
 
 
 def _pictures(stack: Measured, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Figure]]:
     shape, arrays = stack.data.image_shape, {name: values.cpu().numpy() for name, values in tensors.items()}
     few = slice(20 if shape else None)
-    yield "reconstructions", figures.reconstructions(arrays["x"][few], arrays["reconstructions"][few], shape)
-    yield "latent", figures.latent_scatter(arrays["codes"], arrays.get("labels"), stack.data.class_names)
+    yield "reconstructions", pictures.reconstructions(arrays["x"][few], arrays["reconstructions"][few], shape)
+    yield "latent", pictures.latent_scatter(arrays["codes"], arrays.get("labels"), stack.data.class_names)
     if "manifold" in arrays:
-        yield "manifold", figures.manifold(arrays["manifold"], shape)
-    yield "samples", figures.samples(arrays["samples"], shape)
+        yield "manifold", pictures.manifold(arrays["manifold"], shape)
+    yield "samples", pictures.samples(arrays["samples"], shape)

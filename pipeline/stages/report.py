@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline import artifacts, claims, config, figures, grid, intervals, ledger, sections
+from pipeline import artifacts, claims, config, drawing, figures, grid, intervals, ledger, results, sections
 from pipeline import markdown as md
-from pipeline.sections import Results, SearchResults
+from pipeline.results import Gallery, SearchResults, StudyResults
 
 PACKAGES = (
     "dvc",
@@ -51,18 +51,18 @@ def run() -> None:
     """Writes the report of all studies and searches in `params.yaml`. Raises ArtifactError where a table is missing."""
     settings = config.load_settings()
     folder = Path(settings.reports)
-    studies = [sections.load_study(name, folder) for name in settings.studies]
-    searches = [sections.load_search(name, folder) for name in settings.searches]
+    studies = [results.load_study(name, folder) for name in settings.studies]
+    searches = [results.load_search(name, folder) for name in settings.searches]
     shutil.rmtree(folder / "figures", ignore_errors=True)  # or a removed study's pictures would stay
     known = {name: config.load_study(name) for name in settings.known_studies}
-    entries = claims.ledger(known, {results.name: results.measured for results in studies})
-    pictures = sections.Pictures(folder, "all")
+    entries = claims.ledger(known, {of_study.name: of_study.measured for of_study in studies if len(of_study.metrics)})
+    gallery = Gallery(folder, "all")
     parts = [
-        _head(studies, searches, ledger.section(entries, _ledger_figure(entries, pictures)) if entries else ""),
+        _head(studies, searches, ledger.section(entries, _ledger_figure(entries, gallery)) if entries else ""),
         *(sections.study_section(results, searches, _of(entries, results.name), known) for results in studies),
         *(sections.search_section(results) for results in searches),
         ledger.identities_section(),
-        *(_problems(studies), _training(studies, pictures), _tracking(studies[0].name), _versions(studies)),
+        *(_problems(studies), _training(studies, gallery), _tracking(studies[0].name), _versions(studies)),
     ]
     artifacts.write_bytes(folder / "report.md", (md.join(*parts) + "\n").encode())
 
@@ -71,20 +71,20 @@ def _of(entries: Sequence[claims.Entry], study: str) -> list[claims.Entry]:
     return [entry for entry in entries if entry.study == study and entry.verdict != claims.NOT_RUN]
 
 
-def _ledger_figure(entries: Sequence[claims.Entry], pictures: sections.Pictures) -> str:
+def _ledger_figure(entries: Sequence[claims.Entry], gallery: Gallery) -> str:
     decided = [entry for entry in entries if not math.isnan(entry.effect.low)]
     if not decided:
         return ""
     columns = ["id", "source", "verdict", "effect", "low", "high"]
     rows = [[e.claim.id, e.claim.source.split(",")[0], e.verdict, *e.effect[:3]] for e in decided]
     caption = "All effects with their 95% intervals, each scaled by its own largest bound; blue supported, red contradicted."
-    return pictures.show("ledger", figures.ledger(pd.DataFrame(rows, columns=columns)), caption)
+    return gallery.show("ledger", figures.ledger(pd.DataFrame(rows, columns=columns)), caption)
 
 
 # What was run
 
 
-def _head(studies: Sequence[Results], searches: Sequence[SearchResults], ledger_of_claims: str) -> str:
+def _head(studies: Sequence[StudyResults], searches: Sequence[SearchResults], ledger_of_claims: str) -> str:
     header = ["study", "dataset", "cells", "seeds", "updates", "parameters", "diverged", "unconverged", "missing"]
     short = [sentence for results in studies for sentence in sections.headlines(results)]
     return md.join(
@@ -100,7 +100,7 @@ def _head(studies: Sequence[Results], searches: Sequence[SearchResults], ledger_
     )
 
 
-def _run_row(results: Results) -> list[str]:
+def _run_row(results: StudyResults) -> list[str]:
     study, manifest = results.study, results.manifest
     diverged = int((manifest["status"] == "diverged").sum()) if len(manifest) else 0
     unconverged = int(_flags(manifest).sum()) if len(manifest) else 0
@@ -118,7 +118,7 @@ def _search_line(results: SearchResults) -> str:
 # Cells to be wary of
 
 
-def _problems(studies: Sequence[Results]) -> str:
+def _problems(studies: Sequence[StudyResults]) -> str:
     rows = [row for results in studies for row in _problem_rows(results)]
     if not rows:
         return md.join("## Cells to be wary of", "None: no cell diverged, is unconverged, or is missing.")
@@ -128,7 +128,7 @@ def _problems(studies: Sequence[Results]) -> str:
     return md.join("## Cells to be wary of", md.table(header, rows[:MOST_PROBLEMS]), more)
 
 
-def _problem_rows(results: Results) -> list[list[str]]:
+def _problem_rows(results: StudyResults) -> list[list[str]]:
     manifest, rows = results.manifest, []
     if len(manifest):
         rows += _grouped(results, "diverged", manifest[manifest["status"] == "diverged"])
@@ -136,16 +136,16 @@ def _problem_rows(results: Results) -> list[list[str]]:
     return rows + _grouped(results, "missing", pd.DataFrame(_missing(results)))
 
 
-def _grouped(results: Results, what: str, cells: pd.DataFrame) -> list[list[str]]:
+def _grouped(results: StudyResults, what: str, cells: pd.DataFrame) -> list[list[str]]:
     """One row a setting, with the seeds that it happened to."""
     if cells.empty:
         return []
-    varying = [axis for axis in results.axes if len(_axis(results.study, axis)) > 1]
+    varying = [axis for axis in results.axes if len(results.study.axes[axis]) > 1]
     rows = []
     for _, group in cells.groupby(["arm", "beta", *varying], dropna=False, sort=False):
         first = group.iloc[0]
         setting = [
-            figures.arm_label(first["arm"], first["beta"]),
+            drawing.arm_label(first["arm"], first["beta"]),
             *(f"{md.words(axis)} {md.value(first[axis])}" for axis in varying),
         ]
         updates = md.values(dict.fromkeys(group["diverged_at"].dropna())) if what == "diverged" else ""
@@ -153,11 +153,7 @@ def _grouped(results: Results, what: str, cells: pd.DataFrame) -> list[list[str]
     return rows
 
 
-def _axis(study: config.Study, axis: str) -> tuple:
-    return study.data.axes[axis] if axis in study.data.axes else getattr(study.grid, axis)
-
-
-def _missing(results: Results) -> list[dict[str, Any]]:
+def _missing(results: StudyResults) -> list[dict[str, Any]]:
     """Cells of the grid that the manifest lacks, or that finished but were not evaluated."""
     manifest, known = results.manifest, set()
     expected = [cell.row() for cell in grid.cells(results.study)]
@@ -188,18 +184,18 @@ def _flags(manifest: pd.DataFrame) -> pd.Series:
 # Training, tracking, versions
 
 
-def _training(studies: Sequence[Results], pictures: sections.Pictures) -> str:
+def _training(studies: Sequence[StudyResults], gallery: Gallery) -> str:
     header = ["study", "weights evaluated", "taken from updates", "device", "torch", "precision", "engine version"]
     curves = [_curves(results) for results in studies if len(results.history) and len(results.manifest)]
     caption = (
         "Validation loss: each line is a setting's mean over seeds, with its 95% band; the first twentieth of training may lie "
         "above the frame. The loss holds β times the penalty, so only lines of one β compare."
     )
-    shown = pictures.show("training", figures.training_curves(pd.concat(curves), ["setting"]), caption) if curves else ""
+    shown = gallery.show("training", figures.training_curves(pd.concat(curves), ["setting"]), caption) if curves else ""
     return md.join("## Training", md.table(header, [_training_row(results) for results in studies]), shown)
 
 
-def _training_row(results: Results) -> list[str]:
+def _training_row(results: StudyResults) -> list[str]:
     about, manifest = results.about, results.manifest
     kept = {"best": "best on validation", "last": "last"}[results.study.train.keep]
     taken = manifest[manifest["status"] == "finished"]["evaluated_update"] if len(manifest) else pd.Series(dtype=float)
@@ -212,7 +208,7 @@ def _training_row(results: Results) -> list[str]:
     ]
 
 
-def _curves(results: Results) -> pd.DataFrame:
+def _curves(results: StudyResults) -> pd.DataFrame:
     cells = results.manifest[["cell_id", "arm", "beta", *results.axes, "seed"]]
     table = (
         results.history[["cell_id", "update", "validation_loss"]].merge(cells, on="cell_id").replace([np.inf, -np.inf], np.nan)
@@ -232,7 +228,7 @@ def _tracking(study: str) -> str:
     )
 
 
-def _versions(studies: Sequence[Results]) -> str:
+def _versions(studies: Sequence[StudyResults]) -> str:
     versions = [f"Python {platform.python_version()}", *(f"{package} {_version(package)}" for package in PACKAGES)]
     rows = [_data_row(results.name, dataset) for results in studies for dataset in results.describe["datasets"]]
     header = ["study", "data", "rows: train / validation / test", "SHA-256 (first 16 digits)"]

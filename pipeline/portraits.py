@@ -1,0 +1,104 @@
+"""Sections of the report that show cells themselves: codes, reconstructions, interpolations and samples of first seeds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pipeline import artifacts, config, drawing, figures, intervals, pictures
+from pipeline import markdown as md
+from pipeline.results import StudyResults
+
+MOST_MODELS = 6
+PAIRS = 3  # interpolations a model
+POINTS = 300  # a scatter of a lattice
+
+
+def section(results: StudyResults) -> str:
+    """What a study's cells look like: data in the plane, or images."""
+    if results.pictured.empty:
+        return ""
+    if results.describe["features"] == 2 and not results.describe["image_shape"]:
+        return md.join("### Input, code and reconstruction", *(_lattice(results, dim) for dim in results.study.grid.latent_dim))
+    return _images(results) if results.describe["image_shape"] else ""
+
+
+def _lattice(results: StudyResults, latent_dim: int) -> str:
+    """Codes and reconstructions over β and λ."""
+    shown = results.pictured[results.pictured["latent_dim"] == latent_dim].sort_values("seed")
+    shown = shown.drop_duplicates(["arm", "beta", "l2", "anneal"])
+    cells = [_lattice_cell(results, row) for row in shown.to_dict("records")]
+    caption = (
+        f"Codes and reconstructions through {md.latents(latent_dim)}, coloured by the input's quadrant, over β (across) and λ "
+        f"(up): test points of each setting's first seed."
+    )
+    title = f"Codes and reconstructions through {md.latents(latent_dim)}"
+    return results.gallery.show(f"lattice-{latent_dim}", pictures.quadrant_lattice(cells, title), caption)
+
+
+def _lattice_cell(results: StudyResults, row: dict[str, Any]) -> dict[str, Any]:
+    tensors = _tensors(results, row["cell_id"])
+    rising = ", rising" if row["anneal"] > 0 else ""
+    arrays = {name: tensors[name][:POINTS] for name in ("x", "codes", "reconstructions")}
+    return {"column": drawing.arm_label(row["arm"], row["beta"]) + rising, "l2": row["l2"], **arrays}
+
+
+def _images(results: StudyResults) -> str:
+    """Latent spaces, interpolations, samples and manifolds of models with two latents, and PCA's errors beside theirs."""
+    cells = _models(results)
+    if not cells:
+        return _components(results)
+    shape, names = results.describe["image_shape"], results.describe["labels"]
+    spaces = [("PCA", _tensors(results, "pca")["codes"], next(iter(cells.values()))["labels"])]
+    spaces += [(label, cell["codes"], cell["labels"]) for label, cell in cells.items()]
+    rows = [(label, path) for label, cell in cells.items() for path in cell["interpolation"][:PAIRS]]
+    sheets = {kind: [(label, cell[kind]) for label, cell in cells.items()] for kind in ("samples", "manifold")}
+    manifolds = pictures.sample_sheets(sheets["manifold"], shape, "Manifolds of two latents", "latent 0", "latent 1")
+    samples = pictures.sample_sheets(sheets["samples"], shape, x="decoded draws")
+    show = results.gallery.show
+    return md.join(
+        "### Two latents: codes, interpolations, samples",
+        show("latent-spaces", pictures.latent_spaces(spaces, names), "Codes of test images, coloured by class, and PCA's."),
+        show("interpolations", pictures.interpolations(rows, shape), "Decoded straight lines between codes of test images."),
+        show(
+            "samples", samples, "Decoded draws from the prior; of arms without a KL, from the Gaussian fitted to their codes."
+        ),
+        show("manifolds", manifolds, "Decoded codes on a grid of the prior's quantiles, 5% to 95%."),
+        _boots(results, cells),
+        _components(results),
+    )
+
+
+def _models(results: StudyResults) -> dict[str, dict[str, np.ndarray]]:
+    """Models of two latents by label, with their tensors: each arm and β at the first value of every other axis."""
+    shown = results.pictured[results.pictured["latent_dim"] == 2].sort_values("seed")
+    shown = results.slice(shown)[0].drop_duplicates(["arm", "beta"]).head(MOST_MODELS)
+    labels = [drawing.arm_label(arm, beta) for arm, beta in zip(shown["arm"], shown["beta"], strict=True)]
+    return {label: _tensors(results, cell_id) for label, cell_id in zip(labels, shown["cell_id"], strict=True)}
+
+
+def _boots(results: StudyResults, cells: dict[str, dict[str, np.ndarray]]) -> str:
+    """The plane of two latents of ankle boots."""
+    if results.study.data.name != "fashion_boots":
+        return ""
+    label, cell = next(iter(cells.items()))
+    caption = f"Boots over two latents ({label}): is one axis the shaft's height, and the other the heel's?"
+    picture = pictures.boot_axes(cell["manifold"], results.describe["image_shape"], "latent 0", "latent 1")
+    return results.gallery.show("boots", picture, caption)
+
+
+def _components(results: StudyResults) -> str:
+    """Error over the number of principal components, with the models' beside it."""
+    if results.metrics.empty or results.study.data.axes:
+        return ""
+    of_models = results.slice(results.metrics)[0].rename(columns={"test/mse": "mse"})
+    of_models = of_models[of_models["arm"].map(lambda arm: config.ARMS[arm].reconstruction_weight > 0)]
+    summary = intervals.summarise(of_models, ["arm", "beta", "latent_dim"], ["mse"])
+    caption = "PCA: variance explained, and test error over components; the models' errors, with 95% intervals over seeds."
+    return results.gallery.show("components", figures.pca_curve(results.components, summary), caption)
+
+
+def _tensors(results: StudyResults, name: str) -> dict[str, np.ndarray]:
+    path = artifacts.Folders(results.name).evaluate / "codes" / f"{name}.safetensors"
+    return {key: tensor.numpy() for key, tensor in artifacts.read_tensors(path).items()}
