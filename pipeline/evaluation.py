@@ -570,7 +570,7 @@ def distance(stack: Measured) -> Values:
     return stack.reference.distance(stack.paths[:, :, 3:8].flatten(1, 2))
 
 
-@measure("samples/precision", "samples/recall", "samples/density", "samples/coverage")
+@measure("samples/precision", "samples/recall", "samples/f1", "samples/density", "samples/coverage")
 def sample_quality(stack: Measured) -> Mapping[str, Tensor]:
     quality = metrics.sample_quality(stack.reference.real, stack.reference.features(stack.samples), stack.reference.neighbours)
     return {f"samples/{name}": values for name, values in quality._asdict().items()}

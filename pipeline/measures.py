@@ -54,6 +54,7 @@ MEASURES = {
     "interpolation/distance": Measure("distance of midpoints from the data", "lower"),
     "samples/precision": Measure("precision of samples", "higher"),
     "samples/recall": Measure("recall of samples", "higher"),
+    "samples/f1": Measure("F1 of samples: harmonic mean of precision and recall", "higher"),
     "samples/density": Measure("density of samples", "higher"),
     "samples/coverage": Measure("coverage of samples", "higher"),
     # Ankle boots

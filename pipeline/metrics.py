@@ -284,6 +284,7 @@ class SampleQuality(NamedTuple):
 
     precision: Float[Tensor, " stack"]
     recall: Float[Tensor, " stack"]
+    f1: Float[Tensor, " stack"]
     density: Float[Tensor, " stack"]
     coverage: Float[Tensor, " stack"]
 
@@ -299,13 +300,16 @@ def sample_quality(
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of samples.
 
     Samples and data lie near each other where one is in a ball around the other that holds its k nearest of its own kind.
+    A blurred mean has a precision of 1 and a density far above it, but no recall: the harmonic mean of the first two, F1, is 0.
     """
     squared = _squared_distances(real[None], fake)
     in_real = squared < neighbour_radius(real[None], neighbours)[..., None]
     in_fake = squared < neighbour_radius(fake, neighbours)[:, None]
+    precision, recall = in_real.any(dim=1).float().mean(dim=-1), in_fake.any(dim=2).float().mean(dim=-1)
     return SampleQuality(
-        precision=in_real.any(dim=1).float().mean(dim=-1),
-        recall=in_fake.any(dim=2).float().mean(dim=-1),
+        precision=precision,
+        recall=recall,
+        f1=2 * precision * recall / (precision + recall).clamp(min=1e-12),
         density=in_real.sum(dim=1).float().mean(dim=-1) / neighbours,
         coverage=in_real.any(dim=2).float().mean(dim=-1),
     )

@@ -191,6 +191,7 @@ def test_sample_quality_agrees_with_its_definition():
         "density": balls.sum().item() / (k * 30),
         "coverage": balls.any(dim=1).float().mean().item(),
     }
+    expected["f1"] = stats.hmean([expected["precision"], expected["recall"]])
     found = metrics.sample_quality(real, fake[None], k)._asdict()
     assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
 
@@ -198,10 +199,10 @@ def test_sample_quality_agrees_with_its_definition():
 def test_samples_that_are_the_data_are_perfect_and_far_ones_worthless():
     real = normal(200, 4)
     quality = metrics.sample_quality(real, torch.stack([real, real + 100, real * 0]), 5)
-    assert [measure[0].item() for measure in quality] == pytest.approx([1, 1, 1, 1], abs=0.25)
+    assert [measure[0].item() for measure in quality] == pytest.approx([1] * 5, abs=0.25)
     assert quality.precision[0] == quality.recall[0] == quality.coverage[0] == 1
-    assert [measure[1].item() for measure in quality] == [0, 0, 0, 0]
-    assert quality.recall[2] == 0
+    assert [measure[1].item() for measure in quality] == [0] * 5
+    assert quality.recall[2] == quality.f1[2] == 0
 
 
 def boot(top, arch, sole):
