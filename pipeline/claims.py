@@ -77,8 +77,13 @@ class Entry(NamedTuple):
 def ledger(studies: Mapping[str, config.Study], measured: Mapping[str, Measured]) -> list[Entry]:
     """Every claim of the studies, in order; those whose studies were not all measured are `not run`.
 
-    p is corrected over all that could be decided, the control claims among them.
+    p is corrected over all that could be decided, the control claims among them. Raises ConfigError where an id stands twice.
     """
+    seen: set[str] = set()
+    for name, claim in ((name, claim) for name, study in studies.items() for claim in study.claims):
+        if claim.id in seen:
+            raise config.ConfigError(f"configs/{name}.yaml: claims: another study has a claim '{claim.id}' too")
+        seen.add(claim.id)
     entries = [_examine(name, claim, measured) for name, study in studies.items() for claim in study.claims]
     corrected = holm([entry.p for entry in entries])
     return [_with_verdict(entry, p) for entry, p in zip(entries, corrected, strict=True)]

@@ -162,12 +162,15 @@ class Measured:
         decoded = ((self.model.decode(part), rows.expand(len(z), -1, -1)) for part, rows in parts)
         return torch.cat([self.objective.reconstruction(*pair, self.model.log_sigma2) for pair in decoded], dim=1).detach()
 
-    def errors(self, codes: Float[Tensor, "stack row lane"], *targets: Tensor) -> list[Float[Tensor, " stack"]]:
-        """Mean squared errors per dimension of the reconstruction of `codes` against each target."""
-        totals = [torch.zeros(len(codes), device=self.device) for _ in targets]
-        for part, *rows in zip(codes.split(ROWS, dim=1), *(target.split(ROWS, dim=-2) for target in targets), strict=True):
-            output = self.decode(part)
-            totals = [total + metrics.squared_error(output, x).sum(dim=1) for total, x in zip(totals, rows, strict=True)]
+    def errors(self, codes: Float[Tensor, "stack row lane"], *against: tuple[Tensor, Tensor | float]) -> list[Tensor]:
+        """Mean squared errors [stack] of the reconstruction of `codes`, per dimension, against each (target, weight)."""
+        totals = [torch.zeros(len(codes), device=self.device) for _ in against]
+        for start in range(0, codes.shape[1], ROWS):
+            rows = slice(start, start + ROWS)
+            output = self.decode(codes[:, rows])
+            for total, (target, weight) in zip(totals, against, strict=True):
+                squared = (output - target[..., rows, :]).square()
+                total += (squared * (weight if isinstance(weight, float) else weight[rows])).mean(dim=-1).sum(dim=1)
         return [total / codes.shape[1] for total in totals]
 
     def draws(self, step: int, rows: int) -> Float[Tensor, "stack draw row lane"]:
@@ -341,15 +344,15 @@ def measured(stack: Measured) -> dict[str, list[float | None]]:
 def noise_curves(stack: Measured) -> Iterator[tuple[str, float, dict[str, list[float]]]]:
     """Kind, level, and by column one number a cell: squared errors of the reconstruction of corrupted test inputs.
 
-    Against the clean input and against the corrupted one; the first as the share that is `left` of the corrupted input's own
-    error; and its `rise` over that of the reconstruction of clean inputs.
+    Against the clean input and against the corrupted one; where an input was changed, the first as the share that is `left` of
+    the change; and its `rise` over that of the reconstruction of clean inputs.
     """
     x = stack.x["test"]
     for kind, level in ((noise.kind, level) for noise in stack.evaluate.noise for level in noise.levels):
         noisy = stack.reference.noisy(kind, level, stack.data.unit_range)
-        clean, dirty = stack.errors(stack.encode(noisy)[0], x, noisy)
+        clean, dirty, there = stack.errors(stack.encode(noisy)[0], (x, 1.0), (noisy, 1.0), (x, (noisy != x).float()))
         added = (noisy - x).square().mean().item() or math.nan
-        columns = {"mse_clean": clean, "mse_noisy": dirty, "left": clean / added, "rise": clean - stack.mse}
+        columns = {"mse_clean": clean, "mse_noisy": dirty, "left": there / added, "rise": clean - stack.mse}
         yield kind, level, {name: values.tolist() for name, values in columns.items()}
 
 
@@ -465,7 +468,7 @@ def knn_accuracy(stack: Measured) -> Values:
 
 @measure("gap/mse")
 def gap_mse(stack: Measured) -> Values:
-    return stack.mse - stack.errors(stack.codes["train"], stack.x["train"])[0]
+    return stack.mse - stack.errors(stack.codes["train"], (stack.x["train"], 1.0))[0]
 
 
 @measure("gap/pca_mse")
@@ -597,5 +600,5 @@ def matched(stack: Measured) -> Mapping[str, Tensor] | None:
         return None
     clip = stack.data.unit_range and noise.clip
     noisy = torch.stack([stack.reference.noisy(noise.kind, cell.train_noise, clip) for cell in stack.cells])
-    errors = stack.errors(stack.encode(noisy)[0], stack.x["test"], noisy)
+    errors = stack.errors(stack.encode(noisy)[0], (stack.x["test"], 1.0), (noisy, 1.0))
     return dict(zip(("matched/mse_clean", "matched/mse_noisy"), errors, strict=True))

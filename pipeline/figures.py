@@ -61,45 +61,7 @@ def _draw_training(ax: Axes, curves: pd.DataFrame, by: Sequence[str]) -> None:
     ax.legend(handles=drawing.handles(colours), loc="upper right", handlelength=1.2)
 
 
-# Measures over an axis
-
-
-@drawing.house_style
-def measure_over(summary: pd.DataFrame, over: str, metrics: dict[str, str], title: str = "") -> Figure:
-    """Measures over an axis, a panel each, with bands over seeds; the values of an axis of names are points, with intervals.
-
-    A line for each arm, and for each β and latent dimension where the table has several. Settings without a value of the
-    axis, such as the plain AE's over β, are horizontal.
-    """
-    table = _labelled(summary, besides=over)
-    colours = _colours(table)
-    draw = _draw_over if pd.api.types.is_numeric_dtype(table[over]) else _draw_names
-    figure, axes = drawing.wrapped(len(metrics), _words(over), height=2.5)
-    for ax, (metric, label) in zip(axes, metrics.items(), strict=True):
-        draw(ax, table.dropna(subset=[metric]), over, metric, colours)
-        ax.set_ylabel(textwrap.fill(label, 30))
-    drawing.title(figure, title or f"Measures over {_words(over)}")
-    drawing.legend(figure, drawing.handles(colours, marker="o"))
-    return figure
-
-
-def _draw_over(ax: Axes, table: pd.DataFrame, over: str, metric: str, colours: dict) -> None:
-    for _, setting in table[table[over].isna()].iterrows():
-        _draw_level(ax, setting, metric, colours)
-    table = table.dropna(subset=[over])
-    _draw_series(ax, table, over, metric, colours)
-    _axis_of_levels(ax, sorted(table[over].astype(float).unique()))
-
-
-def _draw_names(ax: Axes, table: pd.DataFrame, over: str, metric: str, colours: dict) -> None:
-    names = list(table[over].unique())
-    for place, name in enumerate(names):
-        shown = table[table[over] == name].assign(place=place)
-        for index, (series, point) in enumerate(shown.groupby("series", sort=False)):
-            _count_line(ax, point, "place", metric, colours[series], 0.12 * (index - (shown["series"].nunique() - 1) / 2), "o")
-    labels = [(drawing.ARM_LABELS | NOISE_LABELS).get(name, _key(name)) for name in names]
-    ax.set_xticks(range(len(names)), labels, rotation=25, ha="right", rotation_mode="anchor")
-    ax.set_xlim(-0.5, len(names) - 0.5)
+# Over noise in training
 
 
 def _draw_series(ax: Axes, table: pd.DataFrame, x: str, y: str, colours: dict) -> None:
@@ -574,13 +536,10 @@ def _line(ax: Axes, table: pd.DataFrame, x: str, y: str, colour: Any, **options:
     ax.fill_between(table[x], table[f"{y} low"], table[f"{y} high"], color=colour, alpha=0.15, linewidth=0.0)
 
 
-def _labelled(table: pd.DataFrame, besides: str | None = None) -> pd.DataFrame:
-    """With `series`, what a line is called: its arm and β; besides an axis, its latent dimension too, but not that axis."""
-    betas = table["beta"].astype(float) if besides != "beta" and "beta" in table else [math.nan] * len(table)
-    labels = [drawing.arm_label(arm, beta) for arm, beta in zip(table["arm"], betas, strict=True)]
-    if besides not in (None, "latent_dim") and "latent_dim" in table and table["latent_dim"].nunique() > 1:
-        labels = [f"{label}, {_latents(count)}" for label, count in zip(labels, table["latent_dim"], strict=True)]
-    return table.assign(series=labels)
+def _labelled(table: pd.DataFrame) -> pd.DataFrame:
+    """With `series`, what a line is called: its arm and β."""
+    pairs = zip(table["arm"], table["beta"].astype(float), strict=True)
+    return table.assign(series=[drawing.arm_label(arm, beta) for arm, beta in pairs])
 
 
 def _colours(table: pd.DataFrame) -> dict[str, Any]:

@@ -65,7 +65,7 @@ MEASURES = {
     # Under noise at test time; these have axes `noise` and `level`
     "noise/mse_clean": Measure("squared error from the clean input", "lower"),
     "noise/mse_noisy": Measure("squared error from the corrupted input", "lower"),
-    "noise/left": Measure("error left, as a share of the corrupted input's", "lower"),
+    "noise/left": Measure("error left where inputs were changed, as a share of the change", "lower"),
     "noise/rise": Measure("rise of the error over that of clean input", "lower"),
     # Pruning
     "prune/active_units": Measure("active units"),

@@ -40,18 +40,6 @@ def reconstructions(inputs: np.ndarray, outputs: np.ndarray, image_shape: Sequen
 
 
 @drawing.house_style
-def plane(inputs: np.ndarray, codes: np.ndarray, outputs: np.ndarray, title: str = "") -> Figure:
-    """Data of two dimensions: input, code and reconstruction side by side, coloured by the input's quadrant."""
-    figure, axes = drawing.panels(1, 3, height=2.75)
-    _quadrant_scatter(axes[0, 0], inputs, inputs, "input")
-    _quadrant_scatter(axes[0, 1], codes, inputs, "latent")
-    _quadrant_scatter(axes[0, 2], outputs, inputs, "reconstruction")
-    _same_frame(axes[0, 0], axes[0, 2])
-    drawing.title(figure, title or "Input, latent code and reconstruction, coloured by the input's quadrant")
-    return figure
-
-
-@drawing.house_style
 def quadrant_lattice(cells: Sequence[dict[str, Any]], title: str = "") -> Figure:
     """Data of two dimensions: codes and reconstructions of cells over arm (across) and λ (up), beside the input.
 

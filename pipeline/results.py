@@ -94,9 +94,7 @@ class SearchResults:
 def load_study(name: str, reports: Path) -> StudyResults:
     """Reads a study's config and tables; `reports` is the report's folder. Raises ArtifactError where one is missing."""
     folders = artifacts.Folders(name)
-    paths = {
-        key: folders.evaluate / f"{key}.csv" for key in ("metrics", "noise", "pca", "paired", "pictured", "components")
-    }
+    paths = {key: folders.evaluate / f"{key}.csv" for key in ("metrics", "noise", "pca", "paired", "pictured", "components")}
     paths |= {key: folders.prune / f"{key}.csv" for key in ("columns", "ablation")} | {"counts": folders.prune / "summary.csv"}
     paths |= {key: folders.train / f"{key}.csv" for key in ("manifest", "history")}
     return StudyResults(

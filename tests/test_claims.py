@@ -201,6 +201,11 @@ def test_a_ledger_says_what_was_built_into_its_tables(study):
     assert verdicts(study, tables) == EXPECTED
 
 
+def test_two_studies_cannot_share_a_claim(study):
+    with pytest.raises(config.ConfigError, match="configs/twin.yaml: claims: another study has a claim 'rises' too"):
+        ledger({"study": study, "twin": study}, {})
+
+
 def test_the_unit_is_the_seed(study):
     """Effect, interval and p are Student's, of one mean a seed."""
     tables = {"study": measured(study)}

@@ -128,8 +128,6 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "reconstructions, vectors": lambda: pictures.reconstructions(IMAGES, IMAGES),
     "reconstructions, images": lambda: pictures.reconstructions(IMAGES, IMAGES, (5, 6)),
     "reconstructions, few images": lambda: pictures.reconstructions(IMAGES[:3], IMAGES[:3], (5, 6)),
-    "plane, one latent": lambda: pictures.plane(POINTS, POINTS[:, :1], POINTS),
-    "plane, two latents": lambda: pictures.plane(POINTS, POINTS, POINTS),
     "latents, one": lambda: pictures.latent_scatter(POINTS[:, :1], LABELS, ["a", "b", "c"]),
     "latents, two": lambda: pictures.latent_scatter(POINTS, LABELS),
     "latents, many": lambda: pictures.latent_scatter(IMAGES, LABELS),
@@ -138,9 +136,6 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "manifold, images": lambda: pictures.manifold(IMAGES, (5, 6)),
     "samples, plane": lambda: pictures.samples(POINTS),
     "samples, images": lambda: pictures.samples(IMAGES, (5, 6)),
-    "measures over β": lambda: figures.measure_over(_rates((0.0,)), "beta", {"test/mse": "squared error", "test/kl": "KL"}),
-    "measures over λ": lambda: figures.measure_over(_rates((0, 0.1)), "l2", {"test/mse": "squared error"}, "What λ does"),
-    "measures over arms": lambda: figures.measure_over(_rates((0.0,)), "arm", {"test/mse": "squared error"}),
     "noise curves": lambda: figures.noise_curves(
         _summary(["mse"], target=["clean", "noisy"], latent_dim=[2, 8], train_noise=[0, 0.1]), "mse", "squared error"
     ),
@@ -240,12 +235,6 @@ def test_levels_far_from_even_are_on_a_log_scale_with_zero_at_the_left_edge(leve
     assert ax.get_xscale().removeprefix("sym") == scale
     assert left is None or ax.get_xlim()[0] == left
     assert list(ax.get_xticks()) == levels
-
-
-def test_a_setting_without_a_value_of_the_axis_is_a_horizontal_line():
-    ax = DRAWINGS["measures over β"]().axes[0]
-    level = [line for line in ax.lines if set(line.get_xdata()) == {0, 1} and len(set(line.get_ydata())) == 1]
-    assert len(level) == 2  # the plain AE of two latents, and that of eight
 
 
 def test_a_difference_map_is_centred_at_zero():

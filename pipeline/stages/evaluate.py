@@ -26,7 +26,7 @@ from pipeline.artifacts import (
 )
 from pipeline.config import ARMS, load_settings, load_study
 from pipeline.evaluation import COMPONENTS, PATHS, POINTS, Measured, Reference, measured, noise_curves
-from pipeline.executors import find_runtime
+from pipeline.executors import find_runtime, keep_freed_memory
 from pipeline.grid import AXES, Cell
 
 STACK = 32  # cells that are measured together
@@ -43,6 +43,7 @@ Rows = list[dict[str, Any]]
 def run(name: str) -> None:
     """Writes `runs/<name>/evaluate/`. Raises VaesweepError."""
     study, folder = load_study(name), Folders(name).evaluate
+    keep_freed_memory()
     device = find_runtime(load_settings()).device
     data = load_prepared(Folders(name).prepared, study.data).to(device)
     finished = finished_cells(Folders(name), study, data)

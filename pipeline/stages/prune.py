@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline import tracking
 from pipeline.artifacts import Folders, finished_cells, load_prepared, trained_stacks, write_table
 from pipeline.config import Study, load_settings, load_study
-from pipeline.executors import find_runtime
+from pipeline.executors import find_runtime, keep_freed_memory
 from pipeline.latents import ablation_masks, decoder_columns, elbow
 from pipeline.metrics import active_units, mean_variance, squared_error
 from pipeline.model import StackedAutoencoder
@@ -29,6 +29,7 @@ Rows = list[dict[str, Any]]
 def run(name: str) -> None:
     """Writes `runs/<name>/prune/`. Raises VaesweepError."""
     study, folder = load_study(name), Folders(name).prune
+    keep_freed_memory()
     device = find_runtime(load_settings()).device
     data = load_prepared(Folders(name).prepared, study.data).to(device)
     finished = finished_cells(Folders(name), study, data)
