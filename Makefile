@@ -20,7 +20,7 @@ repro: $(STAMP) ## run everything that changed: data, training, evaluation, sear
 	@dvc repro
 	@vaesweep sync || true  # a tracking server that is away costs nothing: runs are on disk, and a later sync uploads them
 	@echo
-	@echo "report:     reports/report.md"
+	@echo "report:     $$(python -c 'from pipeline.config import load_settings; print(load_settings().reports)')/report.md"
 	@echo "MLflow UI:  make ui"
 
 test: $(STAMP) ## lint, import contracts and tests

@@ -17,12 +17,14 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from pipeline import config
+from pipeline import config, grid
 from pipeline.intervals import Interval, seed_interval
+from pipeline.measures import find
 
 LEVEL = 0.05
 FEWEST_SEEDS = 5
 NOT_RUN, UNDECIDED = "not run", "undecided"
+NOISE = "noise/"
 
 Seeds = Float[np.ndarray, " seed"]
 Levels = Float[np.ndarray, "level seed"]
@@ -84,28 +86,26 @@ def ledger(studies: Mapping[str, config.Study], measured: Mapping[str, Measured]
         if claim.id in seen:
             raise config.ConfigError(f"configs/{name}.yaml: claims: another study has a claim '{claim.id}' too")
         seen.add(claim.id)
-    entries = [_examine(name, claim, measured) for name, study in studies.items() for claim in study.claims]
+    entries = [_examine(name, claim, studies, measured) for name, study in studies.items() for claim in study.claims]
     corrected = holm([entry.p for entry in entries])
     return [_with_verdict(entry, p) for entry, p in zip(entries, corrected, strict=True)]
 
 
-def needed_studies(name: str, claim: config.Claim) -> set[str]:
-    """The studies whose cells a claim is about."""
-    return {str(side.get("study", name)) for side in claim.test.sides}
-
-
-def _examine(name: str, claim: config.Claim, measured: Mapping[str, Measured]) -> Entry:
+def _examine(name: str, claim: config.Claim, studies: Mapping[str, config.Study], measured: Mapping[str, Measured]) -> Entry:
     """An entry with p; the side that it speaks for stands in place of a verdict."""
-    if not needed_studies(name, claim) <= set(measured):
+    about = [str(side.get("study", name)) for side in claim.test.sides]
+    if not set(about) <= set(measured):
         return Entry(name, claim, NOT_RUN)
-    sample = Sample(name, claim.test, measured)
-    sides = sample.aligned()
-    cells, note = tuple(dict.fromkeys(sample.rows["cell_id"])), sample.problem(sides)
-    if sides[0].by_seed.empty:
-        return Entry(name, claim, UNDECIDED, sides, cells=cells, note=note)
+    over = list(claim.test.varied)
+    parts = [Part(side, over, studies[of], measured[of]) for side, of in zip(claim.test.sides, about, strict=True)]
+    cells = tuple(dict.fromkeys(key for part in parts for key in part.rows["cell_id"]))
+    if note := _shortage(parts):
+        return Entry(name, claim, UNDECIDED, cells=cells, note=note)
+    sides = _aligned(claim.test, parts)
     contrasts = KINDS[claim.test.kind](claim.test, sides)
-    decision = decide(contrasts)
-    return Entry(name, claim, decision.side, sides, seed_interval(contrasts.effect), decision.p, cells=cells, note=note)
+    decision = decide(contrasts, _least_spread(claim.test))
+    effect, note = seed_interval(contrasts.effect), _doubt(parts, decision)
+    return Entry(name, claim, decision.side, sides, effect, decision.p, cells=cells, note=note)
 
 
 def _with_verdict(entry: Entry, corrected: float) -> Entry:
@@ -115,54 +115,66 @@ def _with_verdict(entry: Entry, corrected: float) -> Entry:
     return entry._replace(corrected=corrected, verdict=entry.verdict if decided else UNDECIDED)
 
 
-class Sample:
-    """The cells that a test is about, and its measure of them by seed."""
+class Part:
+    """One side of a test: the cells that it is about, those of them that were measured, and the columns of its measures.
 
-    def __init__(self, study: str, test: config.Test, measured: Mapping[str, Measured]):
-        self.test, self.over = test, list(test.varied)
-        self.parts = [_chosen(side, measured[str(side.get("study", study))]) for side in test.sides]
-        self.parts = [(metrics, rows.dropna(subset=self.over)) for metrics, rows in self.parts]
-        self.rows = pd.concat([rows for _, rows in self.parts], ignore_index=True)
+    A cell that lacks an axis of `over` is none of them.
+    """
 
-    def aligned(self) -> list[Side]:
-        """The sides, or the levels that the test goes over, with the seeds that all of them have in full."""
-        sides = [side for over in self.over for side in self._levels(over)]
-        sides = sides or [Side(_side_label(self.test, number), _by_seed(*part)) for number, part in enumerate(self.parts)]
-        together = pd.concat([side.by_seed for side in sides], axis=1, join="inner").dropna()
-        return [Side(side.label, together.iloc[:, number]) for number, side in enumerate(sides)]
+    def __init__(self, side: Mapping[str, Any], over: list[str], study: config.Study, measured: Measured):
+        metrics = config.choices(side["metric"])
+        of_noise = metrics[0].startswith(NOISE)
+        table = measured.noise if of_noise else measured.cells
+        self.metrics = [metric.removeprefix(NOISE) if of_noise else metric for metric in metrics]
+        cells = [cell.row() for cell in grid.cells(study) if config.chooses(side, cell.row())]
+        self.wanted = [cell for cell in cells if all(cell[axis] is not None for axis in over)]
+        chosen = np.array([config.chooses(side, row) for row in table.to_dict("records")], dtype=bool)
+        self.rows = table[chosen].dropna(subset=over)
 
-    def _levels(self, over: str) -> list[Side]:
-        metrics, rows = self.parts[0]
-        return [Side(f"{level:g}", _by_seed(metrics, rows[rows[over] == level])) for level in sorted(rows[over].unique())]
+    @property
+    def known(self) -> pd.DataFrame:
+        """The rows that have all of the measures."""
+        return self.rows.dropna(subset=self.metrics) if set(self.metrics) <= set(self.rows) else self.rows.iloc[:0]
 
-    def problem(self, sides: list[Side]) -> str:
-        """Why the claim is undecided whatever the numbers say; empty if nothing keeps it from a verdict."""
-        seeds = len(sides[0].by_seed)
-        cells = self.rows.drop_duplicates("cell_id")
-        unconverged = int(cells["unconverged"].astype(bool).sum())
-        if not seeds and len(cells):
-            return "the metric is not measured in this study"
-        if seeds < FEWEST_SEEDS:
-            return f"{seeds} seeds, at least {FEWEST_SEEDS} decide"
-        return f"{unconverged} of {len(cells)} cells are unconverged" if unconverged else ""
+    def by_seed(self, over: str | None = None, level: Any = None) -> pd.Series:
+        """The measure of each seed, averaged over all else; of one level of an axis where it is given."""
+        rows = self.known if over is None else self.known[self.known[over] == level]
+        return rows[self.metrics].astype(float).mean(axis=1).groupby(rows["seed"]).mean()
 
 
-def _chosen(side: Mapping[str, Any], measured: Measured) -> tuple[list[str], pd.DataFrame]:
-    """The columns of a side's measures, and the rows of its cells."""
-    metrics = list(config.choices(side["metric"]))
-    of_noise = metrics[0].startswith("noise/")
-    rows = measured.noise if of_noise else measured.cells
-    kept = [config.chooses(side, row) for row in rows.to_dict("records")]
-    return [metric.removeprefix("noise/") if of_noise else metric for metric in metrics], rows[kept]
+def _shortage(parts: Sequence[Part]) -> str:
+    """What a claim lacks; empty if every cell that it is about was measured."""
+    wanted, known = (sum(map(len, cells)) for cells in zip(*((p.wanted, set(p.known["cell_id"])) for p in parts), strict=True))
+    if not known:
+        return "the metric is not measured in this study"
+    return f"{wanted - known} of {wanted} cells diverged or are missing" if known < wanted else ""
 
 
-def _by_seed(metrics: list[str], rows: pd.DataFrame) -> pd.Series:
-    """Means over all but the seed. A seed that lacks cells which others have is left out: its mean would be of other things."""
-    if rows.empty or not set(metrics) <= set(rows):
-        return pd.Series(dtype=float)
-    values = rows[metrics].astype(float).mean(axis=1, skipna=False).dropna()
-    groups = values.groupby(rows.loc[values.index, "seed"])
-    return groups.mean()[groups.size() == groups.size().max()]
+def _doubt(parts: Sequence[Part], decision: Decision) -> str:
+    """Why the claim is undecided whatever its numbers say; empty if nothing keeps it from a verdict."""
+    cells = pd.concat([part.rows for part in parts]).drop_duplicates("cell_id")
+    unconverged = int(cells["unconverged"].astype(bool).sum())
+    if decision.seeds < FEWEST_SEEDS:
+        return f"{decision.seeds} seeds, at least {FEWEST_SEEDS} decide"
+    return f"{unconverged} of {len(cells)} cells are unconverged" if unconverged else ""
+
+
+def _aligned(test: config.Test, parts: Sequence[Part]) -> list[Side]:
+    """The sides, or the levels that the test goes over, with the seeds that all of them have."""
+    sides = [Side(_side_label(test, number), part.by_seed()) for number, part in enumerate(parts)]
+    for over in test.varied:
+        levels = sorted({float(cell[over]) for cell in parts[0].wanted})
+        sides = [Side(f"{level:g}", parts[0].by_seed(over, level)) for level in levels]
+    together = pd.concat([side.by_seed for side in sides], axis=1, join="inner")
+    return [Side(side.label, together.iloc[:, number]) for number, side in enumerate(sides)]
+
+
+def _least_spread(test: config.Test) -> float:
+    """The standard deviation below which equal values say no more: half a step of what can only be counted.
+
+    A count that is one of two neighbours has at most this one, and five equal ones are no proof that the other cannot come.
+    """
+    return max(find(metric).step for metric in config.choices(test.metric)) / 2
 
 
 def _side_label(test: config.Test, number: int) -> str:
@@ -244,10 +256,10 @@ def interior_optimum(levels: Levels, *, lowest: bool) -> Contrasts:
     return Contrasts(says, opposite, best - end if lowest else end - best)
 
 
-def decide(claim: Contrasts) -> Decision:
-    """The smaller p of the two sides, doubled because there are two."""
+def decide(claim: Contrasts, least_spread: float = 0.0) -> Decision:
+    """The smaller p of the two sides, doubled because there are two. No contrast spreads less than `least_spread`."""
     seeds = len(claim.effect)
-    supported, contradicted = _p(claim.says), _p(claim.opposite)
+    supported, contradicted = _p(claim.says, least_spread), _p(claim.opposite, least_spread)
     side = "supported" if supported <= contradicted else "contradicted"
     p = min(1.0, 2 * min(supported, contradicted)) if seeds >= FEWEST_SEEDS else math.nan
     return Decision(p, side, seeds)
@@ -268,15 +280,18 @@ def _all_of(contrasts: list[Seeds], effect: Seeds) -> Contrasts:
     return Contrasts([contrasts], [[-contrast] for contrast in contrasts], effect)
 
 
-def _p(hypothesis: Hypothesis) -> float:
+def _p(hypothesis: Hypothesis, least_spread: float) -> float:
     """p against the hypothesis' negation, corrected over its alternatives (Bonferroni)."""
-    return min(1.0, len(hypothesis) * min(max(_above_zero(contrast) for contrast in contrasts) for contrasts in hypothesis))
+    weakest = [max(_above_zero(contrast, least_spread) for contrast in contrasts) for contrasts in hypothesis]
+    return min(1.0, len(hypothesis) * min(weakest))
 
 
-def _above_zero(contrast: Seeds) -> float:
-    """One-sided p of Student's t that the mean is above zero; without any spread, 0 or 1."""
-    if len(contrast) < 2:
+def _above_zero(contrast: Seeds, least_spread: float) -> float:
+    """One-sided p of Student's t that the mean is above zero; of equal values without a least spread, the sign test's."""
+    count = len(contrast)
+    if count < 2:
         return 1.0
-    if np.ptp(contrast) == 0:
-        return 0.0 if contrast[0] > 0 else 1.0
-    return float(stats.ttest_1samp(contrast, 0.0, alternative="greater").pvalue)
+    spread = max(contrast.std(ddof=1), least_spread)
+    if spread <= 1e-12 * abs(contrast.mean()):
+        return 0.5**count if contrast[0] > 0 else 1.0
+    return float(stats.t.sf(contrast.mean() / spread * math.sqrt(count), count - 1)) if spread else 1.0

@@ -5,6 +5,7 @@ This module knows no torch. What a dataset's options may be is known by `dataset
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -363,10 +364,16 @@ class Study(Strict):
     @property
     def axes(self) -> dict[str, tuple[Scalar, ...]]:
         """The values of every axis by the name of its column in tables; `beta` and `anneal` are those of all arms."""
-        arms = [arm for name, arm in self.grid.arms.items() if ARMS[name].penalty != "none"]
-        own = {axis: tuple(dict.fromkeys(v for arm in arms for v in getattr(arm, axis))) for axis in ArmAxes.model_fields}
+        own = [self.axes_of(arm) for arm in self.grid.arms]
+        names = dict.fromkeys(axis for axes in own for axis in axes)
+        found = {axis: tuple(dict.fromkeys(v for axes in own for v in axes.get(axis, ()))) for axis in names}
+        return {"arm": tuple(self.grid.arms), **dict.fromkeys(ArmAxes.model_fields, ()), **found}
+
+    def axes_of(self, arm: str) -> dict[str, tuple[Scalar, ...]]:
+        """The values of every axis that an arm has."""
+        own = self.grid.arms[arm].model_dump() if ARMS[arm].penalty != "none" else {}
         shared = {axis: getattr(self.grid, axis) for axis in Grid.model_fields if axis != "arms"}
-        return {"arm": tuple(self.grid.arms), **own, **shared, **self.data.axes}
+        return {**own, **shared, **self.data.axes}
 
     @property
     def size(self) -> int:
@@ -464,41 +471,83 @@ def load_study(name: str, folder: Path = CONFIG_FOLDER) -> Study:
     path = _config_path(name, folder)
     study = _load(Study, path)
     for index, claim in enumerate(study.claims):
-        for side in claim.test.sides:
-            other = str(side.get("study", name))
-            about = study if other == name else _load(Study, _config_path(other, folder))
-            if rule := _misfit(claim.test, side, about):
-                raise ConfigError(f"{path}: claims.{index} ({claim.id}): {rule}")
+        others = {str(side["study"]) for side in claim.test.sides if "study" in side} - {name}
+        studies = {name: study, **{other: _load(Study, _config_path(other, folder)) for other in others}}
+        try:
+            _check_test(claim.test, name, studies)
+        except ValueError as error:
+            raise ConfigError(f"{path}: claims.{index} ({claim.id}): {error}") from None
     return study
 
 
 def claims_about(name: str) -> list[tuple[str, dict[str, Choice]]]:
-    """Ids of the claims of known studies that are about cells of this one, with which cells those are. Raises ConfigError."""
-    every = [(study, claim) for study in load_settings().known_studies for claim in load_study(study).claims]
-    sides = [(claim.id, side, side.get("study", study)) for study, claim in every for side in claim.test.sides]
-    return [(claim_id, side) for claim_id, side, study in sides if study == name]
+    """Ids of the claims of known studies that are about cells of this one, with which cells those are.
+
+    A study that cannot be read has none here: what reads it for its own sake says why.
+    """
+    found = []
+    for study in load_settings().known_studies:
+        with contextlib.suppress(ConfigError):
+            sides = [(claim.id, side) for claim in load_study(study).claims for side in claim.test.sides]
+            found += [(claim_id, side) for claim_id, side in sides if side.get("study", study) == name]
+    return found
 
 
-def _misfit(test: Test, side: dict[str, Any], study: Study) -> str | None:
-    """Which rule a claim's choice of cells breaks; None if the study has such cells."""
-    metrics, chosen = choices(side["metric"]), {key: choices(v) for key, v in side.items() if key not in ("metric", "study")}
+def _check_test(test: Test, name: str, studies: Mapping[str, Study]) -> None:
+    """Raises ValueError where a test asks for what its studies do not have."""
+    if len(test.sides) > 1 and test.sides[0] == test.sides[1]:
+        raise ValueError("`against` must choose something else than `where`, but both sides are the same")
+    given = [test.where, test.against if isinstance(test, Compared) else {}]
+    for side, chosen in zip(test.sides, given, strict=False):
+        study = studies[str(side.get("study", name))]
+        _check_metrics(choices(side["metric"]), study)
+        _check_cells(side, chosen, study)
+        for axis, least in test.varied.items():
+            _check_levels(axis, least, test, side, study)
+
+
+def _check_metrics(metrics: tuple, study: Study) -> None:
     for metric in metrics:
         if find_measure(metric) is None:
-            return f"there is no metric '{metric}'{nearest(metric, list(MEASURES))}"
-    axes = study.axes
-    if metrics[0].startswith("noise/"):
+            raise ValueError(f"there is no metric '{metric}'{nearest(metric, list(MEASURES))}")
+    of_noise = {str(metric).startswith("noise/") for metric in metrics}
+    if len(of_noise) > 1:
+        raise ValueError(f"metrics under noise and others do not mix, but got {list(metrics)}")
+    if of_noise == {True} and not study.evaluate.noise:
+        raise ValueError(f"the study has no evaluate.noise, which '{metrics[0]}' needs")
+
+
+def _check_cells(side: Mapping[str, Any], chosen: Mapping[str, Any], study: Study) -> None:
+    """Every axis that is chosen for this side must be one of its arms', with these values."""
+    axes, arms = study.axes, choices(side.get("arm", tuple(study.grid.arms)))
+    if str(choices(side["metric"])[0]).startswith("noise/"):
         levels = {level: None for noise in study.evaluate.noise for level in noise.levels}
         axes |= {"noise": tuple(noise.kind for noise in study.evaluate.noise), "level": tuple(levels)}
-    for axis, values in chosen.items():
+    for axis, values in ((axis, choices(choice)) for axis, choice in chosen.items() if axis not in ("metric", "study")):
         if axis not in axes:
-            return f"there is no axis '{axis}'{nearest(axis, list(axes))}; there are: {', '.join(axes)}"
-        if unknown := [value for value in values if value not in axes[axis]]:
-            return f"axis '{axis}' has the values {list(axes[axis])}, but got {unknown[0]!r}"
-    for axis, least in test.varied.items():
-        if axis not in axes or len(known := chosen.get(axis, axes[axis])) < least:
-            found = f"only {list(known)}" if axis in axes else f"no such axis{nearest(axis, list(axes))}"
-            return f"axis '{axis}' must have at least {least} values for a test of kind '{test.kind}', but got {found}"
-    return None
+            raise ValueError(f"there is no axis '{axis}'{nearest(axis, list(axes))}; there are: {', '.join(axes)}")
+        own = [study.axes_of(arm) for arm in arms if arm in study.grid.arms] if axis in ArmAxes.model_fields else [axes]
+        known = tuple(dict.fromkeys(value for one in own for value in one.get(axis, ())))
+        if not known:
+            raise ValueError(f"arm '{arms[0]}' has no axis '{axis}'")
+        if unknown := [value for value in values if value not in known]:
+            raise ValueError(f"axis '{axis}' has the values {list(known)}, but got {unknown[0]!r}")
+
+
+def _check_levels(axis: str, least: int, test: Test, side: Mapping[str, Any], study: Study) -> None:
+    """A test over an axis needs several numbers, the same in every arm that has the axis."""
+    needs = f"axis '{axis}' must have at least {least} values for a test of kind '{test.kind}', but got"
+    if axis not in study.axes or axis == "seed":
+        raise ValueError(f"{needs} no such axis{nearest(axis, list(study.axes))}")
+    arms = choices(side.get("arm", tuple(study.grid.arms)))
+    levels = {known for arm in arms if (known := study.axes_of(arm).get(axis))}
+    if len(levels) > 1:
+        raise ValueError(f"arms have different values of axis '{axis}': name one in `where`")
+    found = [value for value in (levels.pop() if levels else ()) if axis not in side or value in choices(side[axis])]
+    if len(found) < least or any(isinstance(value, str) for value in found):
+        raise ValueError(
+            f"{needs} only {found}" if len(found) < least else f"axis '{axis}' must be of numbers, but got {found}"
+        )
 
 
 def choices(choice: Any) -> tuple:

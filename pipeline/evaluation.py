@@ -139,6 +139,7 @@ class Measured:
         self.device = self.x["test"].device
         self.objective = Objective(self.cells, self.device)
         self.variational = torch.tensor([cell.arm.variational for cell in self.cells], device=self.device)
+        self.held = torch.tensor([cell.arm.variational and cell.beta > 0 for cell in self.cells], device=self.device)
         self.dims = torch.tensor([cell.latent_dim for cell in self.cells], device=self.device)
 
     # What networks make of rows and codes
@@ -247,7 +248,7 @@ class Measured:
 
         N(0, I) where a KL holds codes to it, else the diagonal Gaussian fitted to the training codes.
         """
-        codes, held = self.codes["train"], self.variational[:, None, None]
+        codes, held = self.codes["train"], self.held[:, None, None]
         return torch.where(held, 0.0, codes.mean(dim=1, keepdim=True)), torch.where(held, 1.0, codes.std(dim=1, keepdim=True))
 
     def from_prior(self, standard: Float[Tensor, "*stack row lane"]) -> Float[Tensor, "stack row lane"]:
@@ -274,7 +275,7 @@ class Measured:
         That least one is in prior units where a KL gives codes a scale, else relative to the largest of the cell.
         """
         spread = codes.std(dim=1, keepdim=True)
-        unit = torch.where(self.variational[:, None, None], 1.0, spread.amax(dim=-1, keepdim=True))
+        unit = torch.where(self.held[:, None, None], 1.0, spread.amax(dim=-1, keepdim=True))
         return torch.maximum(spread, unit * math.sqrt(self.evaluate.active_threshold)).clamp(min=metrics.VARIANCE_FLOOR)
 
     @cached_property
@@ -287,7 +288,7 @@ class Measured:
     def aggregate(self) -> Float[Tensor, "stack row lane"]:
         """Draws from the aggregate posterior, to be compared with the prior: `z`, standardised where no KL gives it a scale."""
         standard = (self.z - self.z.mean(dim=1, keepdim=True)) / self.deviation(self.z)
-        return torch.where(self.variational[:, None, None], self.z, standard)
+        return torch.where(self.held[:, None, None], self.z, standard)
 
     @cached_property
     def distances(self) -> Float[Tensor, "stack row row"]:
@@ -454,8 +455,10 @@ def passive_units(stack: Measured) -> Values:
 
 @measure("test/posterior_variance")
 def posterior_variance(stack: Measured) -> Values:
-    found = stack.by_latents(lambda variance: variance.mean(dim=(1, 2)), stack.log_variance.exp())
-    return stack.where(stack.variational, found)
+    """Mean over latents of σ² / (σ² + variance of μ), averaged over rows first: without a KL the scale of z is arbitrary."""
+    noise, signal = stack.log_variance.exp().mean(dim=1), stack.codes["test"].var(dim=1)
+    share = (noise / (noise + signal))[:, None]
+    return stack.where(stack.variational, stack.by_latents(lambda shares: shares.mean(dim=(1, 2)), share))
 
 
 @measure("test/knn_accuracy")

@@ -111,8 +111,8 @@ def cell_id(cell: Cell, data_hash: str, runtime: Runtime) -> str:
     """Names a cell by everything that decides its result: 16 hexadecimal digits."""
     recipe = {
         **cell.row(),
-        "model": cell.model.model_dump(mode="json", exclude_defaults=True),
-        "train": cell.train.model_dump(mode="json", exclude_defaults=True),
+        "model": cell.model.model_dump(mode="json"),
+        "train": cell.train.model_dump(mode="json"),
         "data_hash": data_hash,
         "engine": ENGINE_VERSION,
         **asdict(runtime),

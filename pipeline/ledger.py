@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import claims, config, drawing, figures, identities, intervals, measures
+from pipeline import claims, config, drawing, figures, grid, identities, intervals, measures
 from pipeline import markdown as md
 from pipeline.claims import Entry
 
@@ -20,7 +20,7 @@ SOURCES = {
     "003": "K. Mammadov, *Autoencoder and Variational Autoencoders* (lecture, 2024)",
     "004": "C. Idler, *AIML 425, Assignment 2, Problem 2* (2022)",
 }
-OWN = "Claims of no source"
+OTHER = "Other sources"
 CONTROLS = "Controls"
 HOW_IT_IS_DECIDED = (
     "A claim stands in its study's file before anything is trained. The unit is the seed: everything else is averaged first, "
@@ -48,11 +48,12 @@ def section(entries: Sequence[Entry], picture: str) -> str:
 
 def _source(entry: Entry) -> str:
     number = entry.claim.source.split(",")[0]
-    return f"{number}: {SOURCES[number]}" if number in SOURCES else OWN
+    return f"{number}: {SOURCES[number]}" if number in SOURCES else OTHER
 
 
 def _tally(entries: Sequence[Entry]) -> str:
-    counts = {verdict: sum(entry.verdict == verdict for entry in entries) for verdict in figures.VERDICT_COLOURS}
+    verdicts = (*figures.VERDICT_COLOURS, claims.NOT_RUN)
+    counts = {verdict: sum(entry.verdict == verdict for entry in entries) for verdict in verdicts}
     return f"Of {len(entries)} claims " + ", ".join(f"{count} are {verdict}" for verdict, count in counts.items()) + "."
 
 
@@ -133,11 +134,10 @@ def study_section(entries: Sequence[Entry], studies: Mapping[str, config.Study],
 
 def _estimand(entry: Entry, studies: Mapping[str, config.Study]) -> str:
     test = entry.claim.test
-    sides = [_side(side) for side in test.sides]
-    compared = " against ".join(sides) + "".join(f", over {md.words(axis)}" for axis in test.varied)
-    averaged = _averaged(entry, studies[str(test.sides[0].get("study", entry.study))])
+    sides = [_side(side) + _averaged(test, side, studies[str(side.get("study", entry.study))]) for side in test.sides]
+    over = "".join(f", over {md.words(axis)}" for axis in test.varied)
     rule = ", ".join(f"{key} {md.value(value)}" for key, value in _rule(test))
-    return f"`{test.kind}` ({rule}): {compared}{averaged}."
+    return f"`{test.kind}` ({rule}): {' against '.join(sides)}{over}."
 
 
 def _side(side: Mapping[str, Any]) -> str:
@@ -146,16 +146,12 @@ def _side(side: Mapping[str, Any]) -> str:
     return metrics + (f" of {', '.join(chosen)}" if chosen else "")
 
 
-def _averaged(entry: Entry, study: config.Study) -> str:
-    """The axes that no side fixes and the test does not go over."""
-    test, axes = entry.claim.test, study.axes
-    fixed = set().union(*test.sides, test.varied, ("seed",))
-    of_arms = {*config.choices(test.sides[0].get("arm", axes["arm"]))}
-    penalised = any(config.ARMS[arm].penalty != "none" for arm in of_arms)
-    left = [
-        axis for axis in axes if axis not in fixed and len(axes[axis]) > 1 and (penalised or axis not in ("beta", "anneal"))
-    ]
-    return f"; averaged over {', '.join(f'{md.words(axis)} {md.values(axes[axis])}' for axis in left)}" if left else ""
+def _averaged(test: config.Test, side: Mapping[str, Any], study: config.Study) -> str:
+    """The axes over which the cells of a side vary, other than those that the test goes over."""
+    rows = [cell.row() for cell in grid.cells(study) if config.chooses(side, cell.row())]
+    found = {axis: dict.fromkeys(row[axis] for row in rows if row[axis] is not None) for axis in rows[0]}
+    left = [axis for axis, values in found.items() if len(values) > 1 and axis not in {"seed", *test.varied}]
+    return f" (averaged over {', '.join(f'{md.words(axis)} {md.values(found[axis])}' for axis in left)})" if left else ""
 
 
 def _rule(test: config.Test) -> Iterable[tuple[str, Any]]:

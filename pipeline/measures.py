@@ -10,10 +10,15 @@ from typing import Literal, NamedTuple
 
 
 class Measure(NamedTuple):
-    """Words, and the direction in which a model is better, where there is one."""
+    """Words; the direction in which a model is better, where there is one; and the least step of what is counted."""
 
     label: str
     better: Literal["lower", "higher"] | None = None
+    step: float = 0.0
+
+
+ONE = 1.0  # a count
+SHARE = 0.001  # of rows or values, of which there are about a thousand
 
 
 RADIUS = "radius/"  # and the name of a class
@@ -27,17 +32,17 @@ MEASURES = {
     "test/iw_bound": Measure("importance-weighted bound (nats)", "higher"),
     "test/mse": Measure("squared error", "lower"),
     "test/sharpness": Measure("sharpness of reconstructions, as a share of the input's", "higher"),
-    "test/near_0": Measure("share of reconstructed values below 0.05"),
-    "test/near_1": Measure("share of reconstructed values above 0.95"),
-    "test/active_units": Measure("active units"),
-    "test/mixed_units": Measure("mixed units"),
-    "test/passive_units": Measure("passive units"),
-    "test/posterior_variance": Measure("mean σ² of q(z|x)"),
-    "test/knn_accuracy": Measure("k-NN accuracy", "higher"),
+    "test/near_0": Measure("share of reconstructed values below 0.05", step=SHARE),
+    "test/near_1": Measure("share of reconstructed values above 0.95", step=SHARE),
+    "test/active_units": Measure("active units", step=ONE),
+    "test/mixed_units": Measure("mixed units", step=ONE),
+    "test/passive_units": Measure("passive units", step=ONE),
+    "test/posterior_variance": Measure("σ² of q(z|x), as a share of all variance of z"),
+    "test/knn_accuracy": Measure("k-NN accuracy", "higher", SHARE),
     # Compared with the training set, and with linear or raw codes
     "gap/mse": Measure("squared error, test minus training set", "lower"),
     "gap/pca_mse": Measure("squared error minus that of PCA", "lower"),
-    "gap/raw_knn_accuracy": Measure("k-NN accuracy minus that of raw inputs", "higher"),
+    "gap/raw_knn_accuracy": Measure("k-NN accuracy minus that of raw inputs", "higher", SHARE),
     # The codes of the test set
     "latent/sliced_wasserstein": Measure("sliced Wasserstein distance of codes from the prior", "lower"),
     "latent/non_normality": Measure("Henze–Zirkler statistic over its 5% critical value", "lower"),
@@ -49,14 +54,14 @@ MEASURES = {
     "latent/dependence": Measure("total correlation of latents (nats)", "lower"),
     # The decoder
     "decoder/sensitivity": Measure("output change for a step of 0.1 in z", "lower"),
-    "decoder/folds": Measure("folds of the decoded line"),
+    "decoder/folds": Measure("folds of the decoded line", step=ONE),
     "interpolation/roughness": Measure("largest over mean step of an interpolation", "lower"),
     "interpolation/distance": Measure("distance of midpoints from the data", "lower"),
-    "samples/precision": Measure("precision of samples", "higher"),
-    "samples/recall": Measure("recall of samples", "higher"),
-    "samples/f1": Measure("F1 of samples: harmonic mean of precision and recall", "higher"),
-    "samples/density": Measure("density of samples", "higher"),
-    "samples/coverage": Measure("coverage of samples", "higher"),
+    "samples/precision": Measure("precision of samples", "higher", SHARE),
+    "samples/recall": Measure("recall of samples", "higher", SHARE),
+    "samples/f1": Measure("F1 of samples: harmonic mean of precision and recall", "higher", SHARE),
+    "samples/density": Measure("density of samples", "higher", SHARE),
+    "samples/coverage": Measure("coverage of samples", "higher", SHARE),
     # Ankle boots
     "boots/axis_alignment": Measure("how far one latent is the shaft's height and the other the heel's", "higher"),
     # Under the noise that the cell was trained with
@@ -68,12 +73,12 @@ MEASURES = {
     "noise/left": Measure("error left where inputs were changed, as a share of the change", "lower"),
     "noise/rise": Measure("rise of the error over that of clean input", "lower"),
     # Pruning
-    "prune/active_units": Measure("active units"),
-    "prune/elbow_column_sum": Measure("elbow of |column sum|"),
-    "prune/elbow_column_l1": Measure("elbow of L1 norm"),
-    "prune/elbow_column_l2": Measure("elbow of L2 norm"),
-    "prune/elbow_kl": Measure("elbow of KL"),
-    "prune/cancelled": Measure("cancelling columns"),
+    "prune/active_units": Measure("active units", step=ONE),
+    "prune/elbow_column_sum": Measure("elbow of |column sum|", step=ONE),
+    "prune/elbow_column_l1": Measure("elbow of L1 norm", step=ONE),
+    "prune/elbow_column_l2": Measure("elbow of L2 norm", step=ONE),
+    "prune/elbow_kl": Measure("elbow of KL", step=ONE),
+    "prune/cancelled": Measure("cancelling columns", step=ONE),
 }
 """All measures; `radius/<class>`, the mean distance of a class' codes from their centre, comes on top for labelled data."""
 

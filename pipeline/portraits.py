@@ -26,12 +26,15 @@ def section(results: StudyResults) -> str:
 
 def _lattice(results: StudyResults, latent_dim: int) -> str:
     """Codes and reconstructions over β and λ."""
-    shown = results.pictured[results.pictured["latent_dim"] == latent_dim].sort_values("seed")
-    shown = shown.drop_duplicates(["arm", "beta", "l2", "anneal"])
-    cells = [_lattice_cell(results, row) for row in shown.to_dict("records")]
+    shown = results.pictured[results.pictured["latent_dim"] == latent_dim].sort_values("seed", kind="stable")
+    if shown.empty:
+        return ""
+    shown, fixed = results.slice(shown, keep=("l2", "anneal"))
+    cells = [_lattice_cell(results, row) for row in shown.drop_duplicates(["arm", "beta", "l2", "anneal"]).to_dict("records")]
+    setting = f" ({', '.join(fixed)})" if fixed else ""
     caption = (
-        f"Codes and reconstructions through {md.latents(latent_dim)}, coloured by the input's quadrant, over β (across) and λ "
-        f"(up): test points of each setting's first seed."
+        f"Codes and reconstructions through {md.latents(latent_dim)}{setting}, coloured by the input's quadrant, over β "
+        f"(across) and λ (up): test points of each setting's first seed."
     )
     title = f"Codes and reconstructions through {md.latents(latent_dim)}"
     return results.gallery.show(f"lattice-{latent_dim}", pictures.quadrant_lattice(cells, title), caption)

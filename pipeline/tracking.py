@@ -750,11 +750,12 @@ def _cell_record(
 ) -> RunRecord:
     params = _params({column: value for column, value in row.items() if column not in RESULTS})
     kept = {"evaluated/validation_loss": row["validation_loss"], "evaluated/update": row["evaluated_update"]}
+    shown = _tags(row, "cell_id", "arm", "data_hash", "unconverged", "diverged_at")
     return RunRecord(
         key=row["cell_id"],
         name=_name(params),
         params=params,
-        tags={"study": study, **_tags(row, "cell_id", "arm", "data_hash", "unconverged", "diverged_at"), **_claims_tag(claims)},
+        tags={"study": study, "claims": _claims_tag(claims), **shown},
         curves=curves,
         metrics={**_numbers(kept), **metrics},
         step=int(row["updates"]),
@@ -762,10 +763,9 @@ def _cell_record(
     )
 
 
-def _claims_tag(claims: Iterable[str]) -> dict[str, str]:
+def _claims_tag(claims: Iterable[str]) -> str:
     """Ids with a blank on either side, so that `tags.claims LIKE '% id %'` finds one, and none of which it is a part."""
-    ids = "".join(f" {claim} " for claim in claims)
-    return {"claims": ids} if ids else {}
+    return "".join(f" {claim} " for claim in claims)
 
 
 RESULTS = ("cell_id", "dataset", "data_hash", "status", "diverged_at", "evaluated_update", "validation_loss", "unconverged")

@@ -152,7 +152,9 @@ def test_units_of_posteriors_add_up(make_stack):
     stack.log_variance = torch.tensor([0.0, -8.0, -0.7, 0.0]).expand(2, ROWS, 4)
     found = measured(stack)
     assert found["test/passive_units"] == [1, 2] and found["test/mixed_units"] == [1, 1]
-    assert found["test/posterior_variance"][0] == pytest.approx((1 + math.exp(-8) + math.exp(-0.7)) / 3)
+    signal = stack.codes["test"][0, :, :3].var(dim=0)
+    noise = torch.tensor([1, math.exp(-8), math.exp(-0.7)])
+    assert found["test/posterior_variance"][0] == pytest.approx((noise / (noise + signal)).mean().item(), rel=1e-4)
 
 
 def test_a_collapsed_latent_is_not_blown_up(make_stack):

@@ -110,9 +110,12 @@ def test_non_normality_is_invariant_to_affine_maps():
     torch.testing.assert_close(metrics.non_normality(x @ matrix + 5), metrics.non_normality(x), rtol=1e-3, atol=0)
 
 
-def test_kurtosis_is_0_for_normal_codes_and_negative_for_uniform_ones():
-    codes = torch.stack([normal(50_000, 2), torch.rand(50_000, 2, generator=generator)])
-    assert metrics.kurtosis(codes).tolist() == pytest.approx([0, -1.2], abs=0.05)
+def test_kurtosis_is_0_for_normal_codes_and_that_of_a_square_however_it_is_turned():
+    square = 12**0.5 * (torch.rand(4000, 2, generator=torch.Generator().manual_seed(0)) - 0.5)
+    turned = square @ torch.tensor([[1.0, 1.0], [-1.0, 1.0]])
+    assert metrics.kurtosis(torch.stack([normal(4000, 2), square, turned])).tolist() == pytest.approx([0, -1.2, -1.2], abs=0.1)
+    lone = normal(500, 1)
+    assert metrics.kurtosis(lone[None]).item() == pytest.approx(stats.kurtosis(lone.numpy()).item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("latents", [1, 2, 5])

@@ -39,7 +39,7 @@ def clone(tmp_path_factory):
     (folder / "configs" / "tiny.yaml").write_text(STUDY)
     (folder / "configs" / "hunt.yaml").write_text(SEARCH)
     (folder / "params.yaml").write_text(
-        "{studies: [tiny], searches: {hunt: tiny}, reports: reports, device: cpu, precision: float32}"
+        "{studies: [tiny], searches: {hunt: tiny}, reports: reports, scales: {}, device: cpu, precision: float32}"
     )
     run(folder, "dvc", "config", "--local", "core.no_scm", "true")  # also what a downloaded archive needs
     run(folder, "dvc", "repro")

@@ -265,15 +265,31 @@ def test_evaluate_pairs_each_vae_with_the_plain_ae_of_its_seed(workspace):
     assert set(paired["seeds"]) == {2}
 
 
-def test_best_cells_get_pictures_and_codes(workspace):
+def test_best_cells_get_pictures_and_every_settings_first_seed_codes(workspace):
     evaluate.run("tiny")
     folder = Folders("tiny").evaluate
-    best = read_table(folder / "best.csv")
+    best, pictured = read_table(folder / "best.csv"), read_table(folder / "pictured.csv")
     assert len(best) == 4
     for row in best.to_dict("records"):
         pictures = {path.stem for path in (folder / "pictures" / row["cell_id"]).iterdir()}
         assert pictures == {"reconstructions", "latent", "samples"} | ({"manifold"} if row["latent_dim"] == 2 else set())
-        assert read_tensors(folder / "codes" / f"{row['cell_id']}.safetensors")["codes"].shape == (60, row["latent_dim"])
+    assert set(best["cell_id"]) <= set(pictured["cell_id"])
+    assert len(pictured[pictured["seed"] == 0]) == 4
+    for row in pictured.to_dict("records"):
+        tensors = read_tensors(folder / "codes" / f"{row['cell_id']}.safetensors")
+        assert tensors["codes"].shape == (60, row["latent_dim"]) and tensors["interpolation"].shape[1:] == (11, 784)
+        assert len(tensors["x"]) == len(tensors["reconstructions"]) == 50 and ("manifold" in tensors) == (
+            row["latent_dim"] == 2
+        )
+
+
+def test_principal_components_leave_less_and_less_error(workspace):
+    evaluate.run("tiny")
+    folder = Folders("tiny").evaluate
+    components, pca = read_table(folder / "components.csv"), read_table(folder / "pca.csv")
+    assert components["components"].tolist() == list(range(1, 33)) and (components["mse"].diff().dropna() < 0).all()
+    clean = pca[pca["noise"].isna()].set_index("latent_dim")["mse_clean"]
+    assert components.set_index("components")["mse"][[2, 3]].tolist() == pytest.approx(clean[[2, 3]].tolist(), rel=1e-5)
 
 
 def test_prune_ablates_from_nothing_to_everything(workspace):
