@@ -441,16 +441,11 @@ def active_units(stack: Measured) -> Values:
     return metrics.active_units(stack.mean_variance, stack.evaluate.active_threshold)
 
 
-@measure("test/mixed_units")
-def mixed_units(stack: Measured) -> Values:
-    found = stack.by_latents(lambda variance: metrics.mixed_and_passive(variance)[0], stack.log_variance.exp())
-    return stack.where(stack.variational, found)
-
-
-@measure("test/passive_units")
-def passive_units(stack: Measured) -> Values:
-    found = stack.by_latents(lambda variance: metrics.mixed_and_passive(variance)[1], stack.log_variance.exp())
-    return stack.where(stack.variational, found)
+@measure("units/active", "units/mixed", "units/passive")
+def units(stack: Measured) -> Mapping[str, Tensor]:
+    variance, kinds = stack.log_variance.exp(), metrics.Units._fields
+    found = [stack.by_latents(lambda part, kind=kind: getattr(metrics.posterior_units(part), kind), variance) for kind in kinds]
+    return {f"units/{kind}": stack.where(stack.variational, values) for kind, values in zip(kinds, found, strict=True)}
 
 
 @measure("test/posterior_variance")

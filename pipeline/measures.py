@@ -35,10 +35,11 @@ MEASURES = {
     "test/near_0": Measure("share of reconstructed values below 0.05", step=SHARE),
     "test/near_1": Measure("share of reconstructed values above 0.95", step=SHARE),
     "test/active_units": Measure("active units", step=ONE),
-    "test/mixed_units": Measure("mixed units", step=ONE),
-    "test/passive_units": Measure("passive units", step=ONE),
     "test/posterior_variance": Measure("σ² of q(z|x), as a share of all variance of z"),
     "test/knn_accuracy": Measure("k-NN accuracy", "higher", SHARE),
+    "units/active": Measure("active units, by σ² of q(z|x)", step=ONE),
+    "units/mixed": Measure("mixed units, by σ² of q(z|x)", step=ONE),
+    "units/passive": Measure("passive units, by σ² of q(z|x)", step=ONE),
     # Compared with the training set, and with linear or raw codes
     "gap/mse": Measure("squared error, test minus training set", "lower"),
     "gap/pca_mse": Measure("squared error minus that of PCA", "lower"),

@@ -95,15 +95,23 @@ def edge_energy(images: Float[Tensor, "*_ row height width"]) -> Float[Tensor, "
     return (around - 4 * inner).square().mean(dim=(-3, -2, -1))
 
 
-def mixed_and_passive(variance: Float[Tensor, "stack row latent"]) -> tuple[Int[Tensor, " stack"], Int[Tensor, " stack"]]:
-    """How many latents are mixed and passive, from σ² of q(z|x) (Bonheme & Grzes, "Be more active!", JMLR 2023).
+class Units(NamedTuple):
+    """How many latents are of each kind."""
+
+    active: Int[Tensor, " stack"]
+    mixed: Int[Tensor, " stack"]
+    passive: Int[Tensor, " stack"]
+
+
+def posterior_units(variance: Float[Tensor, "stack row latent"]) -> Units:
+    """Active, mixed and passive latents by σ² of q(z|x) (Bonheme & Grzes, "Be more active!", JMLR 2023).
 
     Where σ² varies over the data by less than 0.1, a latent is passive at a mean of 0.9 to 1.1 and active at one of at most
     0.1; all others are mixed.
     """
     steady, mean = variance.var(dim=1) < 0.1, variance.mean(dim=1)
     passive, active = steady & ((mean - 1).abs() <= 0.1), steady & (mean <= 0.1)
-    return (~passive & ~active).sum(dim=-1), passive.sum(dim=-1)
+    return Units(*(kind.sum(dim=-1) for kind in (active, ~passive & ~active, passive)))
 
 
 # ---------------------------------------- codes

@@ -66,8 +66,9 @@ def test_columns_hold_a_number_a_cell_or_nothing(make_stack):
         "test/kl",
         "test/kl_share",
         "test/bce_elbo",
-        "test/mixed_units",
-        "test/passive_units",
+        "units/active",
+        "units/mixed",
+        "units/passive",
         "test/posterior_variance",
     ):
         assert [math.isnan(value) for value in found[name]] == [False, True, False]
@@ -151,7 +152,7 @@ def test_units_of_posteriors_add_up(make_stack):
     stack = make_stack(make_data(), {"latent_dim": 3}, {"latent_dim": 4})
     stack.log_variance = torch.tensor([0.0, -8.0, -0.7, 0.0]).expand(2, ROWS, 4)
     found = measured(stack)
-    assert found["test/passive_units"] == [1, 2] and found["test/mixed_units"] == [1, 1]
+    assert found["units/passive"] == [1, 2] and found["units/mixed"] == [1, 1] and found["units/active"] == [1, 1]
     signal = stack.codes["test"][0, :, :3].var(dim=0)
     noise = torch.tensor([1, math.exp(-8), math.exp(-0.7)])
     assert found["test/posterior_variance"][0] == pytest.approx((noise / (noise + signal)).mean().item(), rel=1e-4)

@@ -69,8 +69,8 @@ def test_edge_energy_agrees_with_scipy_and_smoothing_lowers_it():
 def test_latents_are_active_mixed_or_passive():
     steady_one, steady_zero, half = torch.full((100,), 1.0), torch.full((100,), 0.01), torch.full((100,), 0.5)
     switching = torch.arange(100.0) % 2
-    mixed, passive = metrics.mixed_and_passive(torch.stack([steady_one, steady_zero, half, switching], dim=1)[None])
-    assert (mixed.tolist(), passive.tolist()) == ([2], [1])
+    found = metrics.posterior_units(torch.stack([steady_one, steady_zero, half, switching], dim=1)[None])
+    assert [kind.tolist() for kind in found] == [[1], [2], [1]]
 
 
 def test_sliced_wasserstein_of_one_latent_is_scipys_distance_and_of_normal_draws_nearly_0():
