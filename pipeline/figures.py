@@ -38,21 +38,21 @@ CRITERIA = {"column_sum": "|column sum|", "column_l1": "column L1 norm", "column
 
 
 @drawing.house_style
-def training_curves(curves: pd.DataFrame, by: Sequence[str]) -> Figure:
-    """Validation loss against updates: one panel for each value of `panel`, one line for each setting in `by`."""
+def training_curves(curves: pd.DataFrame) -> Figure:
+    """Validation loss against updates: one panel for each value of `panel`, one line for each arm and β."""
     panels = list(curves["panel"].unique())
     figure, axes = drawing.wrapped(len(panels), "update", "validation loss (nats)", height=2.5)
     for panel, ax in zip(panels, axes, strict=True):
-        _draw_training(ax, _labelled(curves[curves["panel"] == panel]), by)
+        _draw_training(ax, _labelled(curves[curves["panel"] == panel]))
         ax.set_title(panel)
     drawing.title(figure, "Validation loss over training")
     return figure
 
 
-def _draw_training(ax: Axes, curves: pd.DataFrame, by: Sequence[str]) -> None:
+def _draw_training(ax: Axes, curves: pd.DataFrame) -> None:
     colours = _colours(curves)
-    for _, setting in curves.groupby(["series", *by], dropna=False, sort=False):
-        _line(ax, setting.sort_values("update"), "update", "validation_loss", colours[setting["series"].iloc[0]])
+    for series, curve in curves.groupby("series", sort=False):
+        _line(ax, curve.sort_values("update"), "update", "validation_loss", colours[series])
     settled = curves[curves["update"] >= 0.05 * curves["update"].max()]
     low, high = settled["validation_loss"].min(), settled["validation_loss"].max()
     if math.isfinite(low) and high > low:

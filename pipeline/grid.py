@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -150,10 +151,16 @@ def stacks(wanted: Mapping[str, Cell], size: int) -> list[list[str]]:
 
     def shape(key: str) -> tuple:
         cell = wanted[key]
-        return cell.lanes, cell.model.model_dump_json(), cell.train.model_dump_json()
+        return cell.lanes, _text(cell.model), _text(cell.train)
 
     ordered = sorted(wanted, key=lambda key: (*shape(key), wanted[key].learning_rate, wanted[key].l2))
     return [stack for _, group in itertools.groupby(ordered, key=shape) for stack in balanced(list(group), size)]
+
+
+@functools.cache
+def _text(config: Model | Train) -> str:
+    """Cells share their configs, of which there are few."""
+    return config.model_dump_json()
 
 
 def balanced(group: Sequence[str], size: int) -> Iterator[list[str]]:

@@ -165,12 +165,10 @@ def panels(entries: Sequence[Entry]) -> list[figures.ClaimPanel]:
 
 
 def _panel(entry: Entry) -> figures.ClaimPanel:
-    test, names = entry.claim.test, [_tick(side.label) for side in entry.sides]
+    test, metrics = entry.claim.test, config.choices(entry.claim.test.metric)
+    names = [drawing.ARM_LABELS.get(side.label, side.label) for side in entry.sides]
     values = np.stack([side.by_seed.to_numpy(dtype=float) for side in entry.sides])
     limits = [value for key, value in _rule(test) if key in ("above", "below", "number") and not isinstance(value, str)]
-    label, axis = measures.find(config.choices(test.metric)[0]).label, "".join(md.words(axis) for axis in test.varied)
+    label = measures.find(metrics[0]).label if len(metrics) == 1 else f"mean of {', '.join(metrics)}"
+    axis, names = "".join(md.words(axis) for axis in test.varied), names if len(names) > 1 else [""]
     return figures.ClaimPanel(entry.claim.id, entry.verdict, label, axis, names, values, limits)
-
-
-def _tick(label: str) -> str:
-    return drawing.ARM_LABELS.get(label, label)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,47 +47,61 @@ def _lattice_cell(results: StudyResults, row: dict[str, Any]) -> dict[str, Any]:
     return {"column": drawing.arm_label(row["arm"], row["beta"]) + rising, "l2": row["l2"], **arrays}
 
 
+class Portrait(NamedTuple):
+    """A model of two latents: how it is called, its arm, and what `evaluate` saved of it."""
+
+    label: str
+    arm: config.Arm
+    tensors: dict[str, np.ndarray]
+
+
 def _images(results: StudyResults) -> str:
     """Latent spaces, interpolations, samples and manifolds of models with two latents, and PCA's errors beside theirs."""
-    cells = _models(results)
-    if not cells:
+    shown = _portraits(results)
+    if not shown or results.study.train.noise:
         return _components(results)
     shape, names = results.describe["image_shape"], results.describe["labels"]
-    spaces = [("PCA", _tensors(results, "pca")["codes"], next(iter(cells.values()))["labels"])]
-    spaces += [(label, cell["codes"], cell["labels"]) for label, cell in cells.items()]
-    rows = [(label, path) for label, cell in cells.items() for path in cell["interpolation"][:PAIRS]]
-    sheets = {kind: [(label, cell[kind]) for label, cell in cells.items()] for kind in ("samples", "manifold")}
-    manifolds = pictures.sample_sheets(sheets["manifold"], shape, "Manifolds of two latents", "latent 0", "latent 1")
-    samples = pictures.sample_sheets(sheets["samples"], shape, x="decoded draws")
+    spaces = [("PCA", _tensors(results, "pca")["codes"], shown[0].tensors["labels"])]
+    spaces += [(one.label, one.tensors["codes"], one.tensors["labels"]) for one in shown]
+    paths = [(one.label, path) for one in shown for path in one.tensors["interpolation"][:PAIRS]]
+    samples = pictures.sample_sheets([(one.label, one.tensors["samples"]) for one in shown], shape, x="decoded draws")
     show = results.gallery.show
     return md.join(
         "### Two latents: codes, interpolations, samples",
         show("latent-spaces", pictures.latent_spaces(spaces, names), "Codes of test images, coloured by class, and PCA's."),
-        show("interpolations", pictures.interpolations(rows, shape), "Decoded straight lines between codes of test images."),
+        show("interpolations", pictures.interpolations(paths, shape), "Decoded straight lines between codes of test images."),
         show(
-            "samples", samples, "Decoded draws from the prior; of arms without a KL, from the Gaussian fitted to their codes."
+            "samples", samples, "Decoded draws from the prior, or from the Gaussian fitted to the codes of an arm without a KL."
         ),
-        show("manifolds", manifolds, "Decoded codes on a grid of the prior's quantiles, 5% to 95%."),
-        _boots(results, cells),
+        _manifolds(results, [one for one in shown if one.arm.variational]),
         _components(results),
     )
 
 
-def _models(results: StudyResults) -> dict[str, dict[str, np.ndarray]]:
-    """Models of two latents by label, with their tensors: each arm and β at the first value of every other axis."""
-    shown = results.pictured[results.pictured["latent_dim"] == 2].sort_values("seed")
+def _portraits(results: StudyResults) -> list[Portrait]:
+    """Each arm and β of two latents, at the first value of every other axis."""
+    shown = results.pictured[results.pictured["latent_dim"] == 2].sort_values("seed", kind="stable")
     shown = results.slice(shown)[0].drop_duplicates(["arm", "beta"]).head(MOST_MODELS)
-    labels = [drawing.arm_label(arm, beta) for arm, beta in zip(shown["arm"], shown["beta"], strict=True)]
-    return {label: _tensors(results, cell_id) for label, cell_id in zip(labels, shown["cell_id"], strict=True)}
+    rows = shown[["arm", "beta", "cell_id"]].itertuples(index=False)
+    return [Portrait(drawing.arm_label(arm, beta), config.ARMS[arm], _tensors(results, key)) for arm, beta, key in rows]
 
 
-def _boots(results: StudyResults, cells: dict[str, dict[str, np.ndarray]]) -> str:
+def _manifolds(results: StudyResults, shown: list[Portrait]) -> str:
+    """What the prior's plane decodes to; of boots with an axis for each latent."""
+    shape, sheets = results.describe["image_shape"], [(one.label, one.tensors["manifold"]) for one in shown]
+    if not sheets:
+        return ""
+    caption = "Decoded codes on a grid of the prior's quantiles, 5% to 95%."
+    sheet = pictures.sample_sheets(sheets, shape, "Manifolds of two latents", "latent 0", "latent 1")
+    return md.join(results.gallery.show("manifolds", sheet, caption), _boots(results, *sheets[0]))
+
+
+def _boots(results: StudyResults, label: str, manifold: np.ndarray) -> str:
     """The plane of two latents of ankle boots."""
     if results.study.data.name != "fashion_boots":
         return ""
-    label, cell = next(iter(cells.items()))
     caption = f"Boots over two latents ({label}): is one axis the shaft's height, and the other the heel's?"
-    picture = pictures.boot_axes(cell["manifold"], results.describe["image_shape"], "latent 0", "latent 1")
+    picture = pictures.boot_axes(manifold, results.describe["image_shape"], "latent 0", "latent 1")
     return results.gallery.show("boots", picture, caption)
 
 

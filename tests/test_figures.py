@@ -110,8 +110,8 @@ POINTS, IMAGES = RNG.uniform(-1, 1, (64, 2)), RNG.random((64, 30))
 LABELS = np.arange(64) % 3
 SPACES = [("PCA", POINTS, LABELS), ("plain AE", 3 * POINTS, LABELS % 2)]
 DRAWINGS: dict[str, Callable[[], Figure]] = {
-    "training": lambda: figures.training_curves(_training(4), ["setting"]),
-    "training, one panel": lambda: figures.training_curves(_training(1), ["setting"]),
+    "training": lambda: figures.training_curves(_training(4)),
+    "training, one panel": lambda: figures.training_curves(_training(1)),
     "rate-distortion": lambda: figures.rate_distortion(_rates()),
     "rate-distortion with trials": lambda: figures.rate_distortion(_rates(), _trials()),
     "search": lambda: figures.search_front(_trials()),

@@ -188,10 +188,11 @@ def _training(studies: Sequence[StudyResults], gallery: Gallery) -> str:
     header = ["study", "weights evaluated", "taken from updates", "device", "torch", "precision", "engine version"]
     curves = [_curves(results) for results in studies if len(results.history) and len(results.manifest)]
     caption = (
-        "Validation loss: each line is a setting's mean over seeds, with its 95% band; the first twentieth of training may lie "
-        "above the frame. The loss holds β times the penalty, so only lines of one β compare."
+        "Validation loss: each line is an arm's mean over seeds, with its 95% band, at the first value of every other axis. The "
+        "first twentieth of training may lie above the frame, and the loss holds β times the penalty: only lines of one β "
+        "compare."
     )
-    shown = gallery.show("training", figures.training_curves(pd.concat(curves), ["setting"]), caption) if curves else ""
+    shown = gallery.show("training", figures.training_curves(pd.concat(curves)), caption) if curves else ""
     return md.join("## Training", md.table(header, [_training_row(results) for results in studies]), shown)
 
 
@@ -209,13 +210,14 @@ def _training_row(results: StudyResults) -> list[str]:
 
 
 def _curves(results: StudyResults) -> pd.DataFrame:
-    cells = results.manifest[["cell_id", "arm", "beta", *results.axes, "seed"]]
+    """Validation losses of every arm that reconstructs and β, at the first value of every other axis."""
+    cells = results.slice(results.manifest[["cell_id", "arm", "beta", *results.axes, "seed"]])[0]
+    cells = cells[cells["arm"].map(lambda arm: config.ARMS[arm].reconstruction_weight > 0)]
     table = (
         results.history[["cell_id", "update", "validation_loss"]].merge(cells, on="cell_id").replace([np.inf, -np.inf], np.nan)
     )
-    summary = intervals.summarise(table, ["arm", "beta", *results.axes, "update"], ["validation_loss"])
+    summary = intervals.summarise(table, ["arm", "beta", "latent_dim", "update"], ["validation_loss"])
     summary["panel"] = [f"{results.name}, {md.latents(count)}" for count in summary["latent_dim"]]
-    summary["setting"] = [md.values(row) for row in summary[results.axes].itertuples(index=False)]
     return summary
 
 
