@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 from pipeline.config import Model, Train
 from pipeline.grid import Cell
+
+settings.register_profile("unhurried", deadline=None)  # no test is timed: machines are slow and noisy
+settings.load_profile("unhurried")
 
 
 @pytest.fixture

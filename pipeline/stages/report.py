@@ -188,8 +188,8 @@ def _training(studies: Sequence[StudyResults], gallery: Gallery) -> str:
     header = ["study", "weights evaluated", "taken from updates", "device", "torch", "precision", "engine version"]
     curves = [_curves(results) for results in studies if len(results.history) and len(results.manifest)]
     caption = (
-        "Validation loss: each line is an arm's mean over seeds, with its 95% band, at the first value of every other axis. The "
-        "first twentieth of training may lie above the frame, and the loss holds β times the penalty: only lines of one β "
+        "Validation loss: each line is an arm's mean over seeds, with its 95% band, at the first value of every other axis. "
+        "The first twentieth of training may lie above the frame, and the loss holds β times the penalty: only lines of one β "
         "compare."
     )
     shown = gallery.show("training", figures.training_curves(pd.concat(curves)), caption) if curves else ""
