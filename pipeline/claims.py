@@ -56,9 +56,9 @@ class Measured(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One of the things that a test compares: its name, and the measure of each seed, averaged over all else."""
+    """One of the things that a test compares: its level of an axis, and the measure of each seed, averaged over all else."""
 
-    label: str
+    level: str
     by_seed: pd.Series
 
 
@@ -161,12 +161,12 @@ def _doubt(parts: Sequence[Part], decision: Decision) -> str:
 
 def _aligned(test: config.Test, parts: Sequence[Part]) -> list[Side]:
     """The sides, or the levels that the test goes over, with the seeds that all of them have."""
-    sides = [Side(_side_label(test, number), part.by_seed()) for number, part in enumerate(parts)]
+    sides = [Side("", part.by_seed()) for part in parts]
     for over in test.varied:
         levels = sorted({float(cell[over]) for cell in parts[0].wanted})
         sides = [Side(f"{level:g}", parts[0].by_seed(over, level)) for level in levels]
     together = pd.concat([side.by_seed for side in sides], axis=1, join="inner")
-    return [Side(side.label, together.iloc[:, number]) for number, side in enumerate(sides)]
+    return [Side(side.level, together.iloc[:, number]) for number, side in enumerate(sides)]
 
 
 def _least_spread(test: config.Test) -> float:
@@ -177,13 +177,6 @@ def _least_spread(test: config.Test) -> float:
     return max(find(metric).step for metric in config.choices(test.metric)) / 2
 
 
-def _side_label(test: config.Test, number: int) -> str:
-    """What this side alone chooses, or the metric."""
-    keys = test.against if isinstance(test, config.Compared) else ["metric"]
-    chosen = (config.choices(test.sides[number].get(key, "this study")) for key in keys)
-    return ", ".join(str(value) for values in chosen for value in values)
-
-
 # Kinds of tests
 
 
@@ -192,7 +185,7 @@ def _values(sides: list[Side]) -> Levels:
 
 
 def _count(test: config.CountIs, sides: list[Side]) -> Contrasts:
-    numbers = [test.number] if isinstance(test.number, int) else [float(side.label) for side in sides]
+    numbers = [test.number] if isinstance(test.number, int) else [float(side.level) for side in sides]
     return counts(_values(sides), numbers=numbers)
 
 

@@ -166,9 +166,22 @@ def panels(entries: Sequence[Entry]) -> list[figures.ClaimPanel]:
 
 def _panel(entry: Entry) -> figures.ClaimPanel:
     test, metrics = entry.claim.test, config.choices(entry.claim.test.metric)
-    names = [drawing.ARM_LABELS.get(side.label, side.label) for side in entry.sides]
     values = np.stack([side.by_seed.to_numpy(dtype=float) for side in entry.sides])
     limits = [value for key, value in _rule(test) if key in ("above", "below", "number") and not isinstance(value, str)]
     label = measures.find(metrics[0]).label if len(metrics) == 1 else f"mean of {', '.join(metrics)}"
-    axis, names = "".join(md.words(axis) for axis in test.varied), names if len(names) > 1 else [""]
-    return figures.ClaimPanel(entry.claim.id, entry.verdict, label, axis, names, values, limits)
+    axis = "".join(md.words(axis) for axis in test.varied)
+    return figures.ClaimPanel(entry.claim.id, entry.verdict, label, axis, _ticks(entry), values, limits)
+
+
+def _ticks(entry: Entry) -> list[str]:
+    """What each side is called: what it alone chooses, or its level."""
+    test = entry.claim.test
+    if not isinstance(test, config.Compared):
+        return [side.level for side in entry.sides] if test.varied else [""]
+    chosen = [{key: side.get(key, entry.study) for key in test.against} for side in test.sides]
+    return [", ".join(_tick(key, value) for key, value in of_side.items()) for of_side in chosen]
+
+
+def _tick(key: str, choice: Any) -> str:
+    values = ", ".join(str(drawing.ARM_LABELS.get(value, value)) for value in config.choices(choice))
+    return values if key in ("arm", "metric", "study") else f"{md.words(key)} {values}"
