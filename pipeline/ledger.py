@@ -23,7 +23,7 @@ SOURCES = {
 OTHER = "Other sources"
 CONTROLS = "Controls"
 HOW_IT_IS_DECIDED = (
-    "A claim stands in its study's file before anything is trained. The unit is the seed: everything else is averaged first, "
+    "A claim stands in its study's file, and no verdict is typed in. The unit is the seed: everything else is averaged first, "
     "and two sides are paired by seed. p is two-sided, from Student's t over seeds; a claim of several parts has the p of its "
     "weakest part (an intersection-union test), which may be larger than its interval suggests. *Holm* is p corrected over all "
     "claims that ran: below 0.05 a claim is **supported** or **contradicted**, else *undecided*, and so is one with fewer than "
