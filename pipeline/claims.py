@@ -72,7 +72,6 @@ class Entry(NamedTuple):
     effect: Interval = Interval(math.nan, math.nan, math.nan, 0)
     p: float = math.nan
     corrected: float = math.nan
-    cells: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -98,14 +97,13 @@ def _examine(name: str, claim: config.Claim, studies: Mapping[str, config.Study]
         return Entry(name, claim, NOT_RUN)
     over = list(claim.test.varied)
     parts = [Part(side, over, studies[of], measured[of]) for side, of in zip(claim.test.sides, about, strict=True)]
-    cells = tuple(dict.fromkeys(key for part in parts for key in part.rows["cell_id"]))
     if note := _shortage(parts):
-        return Entry(name, claim, UNDECIDED, cells=cells, note=note)
+        return Entry(name, claim, UNDECIDED, note=note)
     sides = _aligned(claim.test, parts)
     contrasts = KINDS[claim.test.kind](claim.test, sides)
     decision = decide(contrasts, _least_spread(claim.test))
     effect, note = seed_interval(contrasts.effect), _doubt(parts, decision)
-    return Entry(name, claim, decision.side, sides, effect, decision.p, cells=cells, note=note)
+    return Entry(name, claim, decision.side, sides, effect, decision.p, note=note)
 
 
 def _with_verdict(entry: Entry, corrected: float) -> Entry:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from pipeline import metrics
+from pipeline import latents, metrics
 from pipeline.artifacts import Prepared, TrainedStack
 from pipeline.config import ConfigError, Study
 from pipeline.datasets import corrupt
@@ -32,6 +32,7 @@ COMPONENTS = 32  # principal components of the space in which images are compare
 NEIGHBOURS = 5  # of codes and of samples, on which measures of neighbourhoods rest
 PATHS, POINTS = 100, 11  # interpolations, and points on each
 STEP = 0.1
+BOOTS = ("Ankle boot",)  # the classes of data that are all ankle boots
 QUANTILES = 9  # a side of the grid on which boots are decoded
 
 
@@ -208,8 +209,13 @@ class Measured:
 
     @cached_property
     def mean_variance(self) -> Float[Tensor, "stack lane"]:
-        """Variance of each latent's mean over the test set, as `metrics.mean_variance` has it."""
-        return metrics.mean_variance(self.codes["test"], [cell.arm.samples for cell in self.cells])
+        """Variance of each latent's mean over the test set, as `latents.mean_variance` has it."""
+        return latents.mean_variance(self.codes["test"], [cell.arm.samples for cell in self.cells])
+
+    @cached_property
+    def active(self) -> Bool[Tensor, "stack lane"]:
+        """Latents whose means vary over the test set by more than the threshold."""
+        return self.mean_variance > self.evaluate.active_threshold
 
     @cached_property
     def nats(self) -> Float[Tensor, " stack"]:
@@ -276,7 +282,7 @@ class Measured:
         """
         spread = codes.std(dim=1, keepdim=True)
         unit = torch.where(self.held[:, None, None], 1.0, spread.amax(dim=-1, keepdim=True))
-        return torch.maximum(spread, unit * math.sqrt(self.evaluate.active_threshold)).clamp(min=metrics.VARIANCE_FLOOR)
+        return torch.maximum(spread, unit * math.sqrt(self.evaluate.active_threshold)).clamp(min=latents.VARIANCE_FLOOR)
 
     @cached_property
     def standard(self) -> Float[Tensor, "stack row lane"]:
@@ -346,14 +352,17 @@ def noise_curves(stack: Measured) -> Iterator[tuple[str, float, dict[str, list[f
     """Kind, level, and by column one number a cell: squared errors of the reconstruction of corrupted test inputs.
 
     Against the clean input and against the corrupted one; where an input was changed, the first as the share that is `left` of
-    the change; and its `rise` over that of the reconstruction of clean inputs.
+    the change; and its `rise` over that of the reconstruction of clean inputs, as a share of the variance that this explains:
+    what explains nothing has nothing to lose.
     """
     x = stack.x["test"]
+    explained = x.var(dim=0, correction=0).mean() - stack.mse
+    explained = stack.where(explained > 0, explained)
     for kind, level in ((noise.kind, level) for noise in stack.evaluate.noise for level in noise.levels):
         noisy = stack.reference.noisy(kind, level, stack.data.unit_range)
         clean, dirty, there = stack.errors(stack.encode(noisy)[0], (x, 1.0), (noisy, 1.0), (x, (noisy != x).float()))
         added = (noisy - x).square().mean().item() or math.nan
-        columns = {"mse_clean": clean, "mse_noisy": dirty, "left": there / added, "rise": clean - stack.mse}
+        columns = {"mse_clean": clean, "mse_noisy": dirty, "left": there / added, "rise": (clean - stack.mse) / explained}
         yield kind, level, {name: values.tolist() for name, values in columns.items()}
 
 
@@ -438,7 +447,7 @@ def near_1(stack: Measured) -> Values:
 
 @measure("test/active_units")
 def active_units(stack: Measured) -> Values:
-    return metrics.active_units(stack.mean_variance, stack.evaluate.active_threshold)
+    return latents.active_units(stack.mean_variance, stack.evaluate.active_threshold)
 
 
 @measure("units/active", "units/mixed", "units/passive")
@@ -505,11 +514,10 @@ def utilisation(stack: Measured) -> Values:
     return stack.by_latents(metrics.utilisation, stack.standard)
 
 
-@measure("latent/on_axes")
-def on_axes(stack: Measured) -> Values:
-    """Of two latents, scaled and not centred."""
-    codes = stack.codes["test"]
-    return stack.by_latents(metrics.on_axes, codes / stack.deviation(codes), least=2, most=2)
+@measure("latent/on_lines")
+def on_lines(stack: Measured) -> Values:
+    rows = metrics.evenly(len(stack.x["test"]), PROJECTED)
+    return stack.by_latents(metrics.on_lines, stack.codes["test"][:, rows], least=2, most=2)
 
 
 @measure("latent/trustworthiness")
@@ -525,7 +533,12 @@ def silhouette(stack: Measured) -> Values:
 
 @measure("latent/dependence")
 def dependence(stack: Measured) -> Values:
-    return stack.by_latents(metrics.total_correlation, stack.aggregate, least=2)
+    """Total correlation of the active latents, a latent after the first: idle ones depend on nothing. NaN below two."""
+    found = torch.full(stack.dims.shape, math.nan, device=stack.device)
+    for row, active in enumerate(stack.active):
+        if (count := int(active.sum())) > 1:
+            found[row] = metrics.total_correlation(stack.aggregate[row : row + 1, :, active]).item() / (count - 1)
+    return found
 
 
 @measure()  # its names are the data's
@@ -543,11 +556,17 @@ def radii(stack: Measured) -> Mapping[str, Tensor] | None:
 
 @measure("decoder/sensitivity")
 def sensitivity(stack: Measured) -> Values:
-    """Root mean squared change of the output for a step of 0.1 deviations of the prior in a random direction."""
+    """Change of the output for a step of 0.1 deviations of the prior in a random direction of the active latents.
+
+    Root mean squares: of the change, as a share of the deviation of outputs over test rows, so that a decoder is not called
+    smooth because it ignores its code. A linear decoder of n equally strong latents has 0.1/√n.
+    """
     rows = stack.reference.compared
-    direction = torch.nn.functional.normalize(stack.draws(STEPPED, len(rows))[:, 0], dim=-1)
+    direction = torch.nn.functional.normalize(stack.draws(STEPPED, len(rows))[:, 0] * stack.active[:, None], dim=-1)
     moved = stack.decode(stack.codes["test"][:, rows] + STEP * stack.prior[1] * direction)
-    return metrics.squared_error(moved, stack.reconstructions[:, rows]).sqrt().mean(dim=1)
+    change = metrics.squared_error(moved, stack.reconstructions[:, rows]).mean(dim=1)
+    share = (change / stack.reconstructions.var(dim=1).mean(dim=-1)).sqrt()
+    return stack.where(stack.active.any(dim=-1), share)
 
 
 @measure("decoder/folds")
@@ -580,7 +599,7 @@ def sample_quality(stack: Measured) -> Mapping[str, Tensor]:
 @measure("boots/axis_alignment")
 def axis_alignment(stack: Measured) -> Values:
     """Of two latents with the heights of decoded boots' shafts and heels, over a grid of the prior's 5% to 95% quantiles."""
-    if stack.data.description["name"] != "fashion_boots" or not (stack.dims == 2).any():
+    if stack.data.class_names != BOOTS or not (stack.dims == 2).any():
         return None
     side = torch.special.ndtri(torch.linspace(0.05, 0.95, QUANTILES, device=stack.device))
     grid = torch.cartesian_prod(side, side)

@@ -25,6 +25,7 @@ from torch import Tensor
 from pipeline.artifacts import ArtifactError, CellStore, Prepared
 from pipeline.config import Model, Settings, VaesweepError
 from pipeline.grid import Cell, Runtime, parameter_count, stacks
+from pipeline.mlp import one_thread
 from pipeline.trainer import StackTrainer, Traits
 
 CHECKPOINT_SECONDS = 20.0
@@ -336,17 +337,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums are split among threads, and so depend on their number in the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def local_executor(

@@ -6,8 +6,7 @@ A check computes in float64 from fixed seeds and returns its largest deviation b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from pipeline.config import Model, Train
 from pipeline.grid import Cell
 from pipeline.metrics import fit_pca
+from pipeline.mlp import one_thread
 from pipeline.model import Autoencoder
 from pipeline.objective import LOG_2PI, Objective, bernoulli_nll, gaussian_nll, kl_per_latent
 
@@ -86,22 +86,11 @@ ERRATA = (
 )
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only wait for each other's threads, and the last bits should not depend on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def identity(id: str, source: str, says: str) -> Callable[[Callable[[], Outcome]], Callable[[], Outcome]]:
     """Registers a check under the statement that it checks."""
 
     def register(check: Callable[[], Outcome]) -> Callable[[], Outcome]:
-        IDENTITIES[id] = Identity(id, source, says, _one_thread()(check))
+        IDENTITIES[id] = Identity(id, source, says, one_thread()(check))
         return check
 
     return register

@@ -10,7 +10,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 CANCELLING = 0.1  # a column whose |sum| is below this share of its L1 norm is hidden from the sum by its own signs
+VARIANCE_FLOOR = 1e-12
 CLEAR_DROP = 2.0  # an elbow is a drop by at least this factor
+
+
+def mean_variance(mu: Float[Tensor, "stack row lane"], samples: list[bool]) -> Float[Tensor, "stack lane"]:
+    """Variance of each latent's mean over the data.
+
+    The scale of a code that no prior holds is arbitrary: where the arm does not sample, variances are relative to its largest.
+    """
+    variance = mu.var(dim=1)
+    largest = variance.max(dim=-1, keepdim=True).values.clamp(min=VARIANCE_FLOOR)
+    return torch.where(torch.tensor(samples, device=mu.device)[:, None], variance, variance / largest)
+
+
+def active_units(variance: Float[Tensor, "stack lane"], threshold: float = 0.01) -> Int[Tensor, " stack"]:
+    """How many latents' means vary over the data by more than the threshold (Burda, Grosse & Salakhutdinov 2016)."""
+    return (variance > threshold).sum(dim=-1)
 
 
 class Columns(NamedTuple):

@@ -1,4 +1,4 @@
-"""What is measured of every cell, by name: the words for tables and plots, and which way is better. Knows no torch.
+"""What is measured of every cell, by name, and the words for it in tables and plots. Knows no torch.
 
 A measure is a function of the same name in `evaluation.py` (groups `test` to `matched`), a column of the noise table (`noise`)
 or of the pruning analysis (`prune`); a test compares them with this list. Studies, the report and MLflow use these names.
@@ -6,14 +6,13 @@ or of the pruning analysis (`prune`); a test compares them with this list. Studi
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 
 class Measure(NamedTuple):
-    """Words; the direction in which a model is better, where there is one; and the least step of what is counted."""
+    """Words, and the least step of what is counted."""
 
     label: str
-    better: Literal["lower", "higher"] | None = None
     step: float = 0.0
 
 
@@ -24,55 +23,55 @@ SHARE = 0.001  # of rows or values, of which there are about a thousand
 RADIUS = "radius/"  # and the name of a class
 MEASURES = {
     # One sample each of the test set
-    "test/reconstruction": Measure("reconstruction (nats)", "lower"),
+    "test/reconstruction": Measure("reconstruction (nats)"),
     "test/kl": Measure("KL (nats)"),
     "test/kl_share": Measure("KL's share of the loss at β = 1"),
-    "test/elbo": Measure("ELBO (nats)", "higher"),
-    "test/bce_elbo": Measure("−(cross-entropy + KL) (nats)", "higher"),
-    "test/iw_bound": Measure("importance-weighted bound (nats)", "higher"),
-    "test/mse": Measure("squared error", "lower"),
-    "test/sharpness": Measure("sharpness of reconstructions, as a share of the input's", "higher"),
+    "test/elbo": Measure("ELBO (nats)"),
+    "test/bce_elbo": Measure("−(cross-entropy + KL) (nats)"),
+    "test/iw_bound": Measure("importance-weighted bound (nats)"),
+    "test/mse": Measure("squared error"),
+    "test/sharpness": Measure("sharpness of reconstructions, as a share of the input's"),
     "test/near_0": Measure("share of reconstructed values below 0.05", step=SHARE),
     "test/near_1": Measure("share of reconstructed values above 0.95", step=SHARE),
     "test/active_units": Measure("active units", step=ONE),
     "test/posterior_variance": Measure("σ² of q(z|x), as a share of all variance of z"),
-    "test/knn_accuracy": Measure("k-NN accuracy", "higher", SHARE),
+    "test/knn_accuracy": Measure("k-NN accuracy", step=SHARE),
     "units/active": Measure("active units, by σ² of q(z|x)", step=ONE),
     "units/mixed": Measure("mixed units, by σ² of q(z|x)", step=ONE),
     "units/passive": Measure("passive units, by σ² of q(z|x)", step=ONE),
     # Compared with the training set, and with linear or raw codes
-    "gap/mse": Measure("squared error, test minus training set", "lower"),
-    "gap/pca_mse": Measure("squared error minus that of PCA", "lower"),
-    "gap/raw_knn_accuracy": Measure("k-NN accuracy minus that of raw inputs", "higher", SHARE),
+    "gap/mse": Measure("squared error, test minus training set"),
+    "gap/pca_mse": Measure("squared error minus that of PCA"),
+    "gap/raw_knn_accuracy": Measure("k-NN accuracy minus that of raw inputs", step=SHARE),
     # The codes of the test set
-    "latent/sliced_wasserstein": Measure("sliced Wasserstein distance of codes from the prior", "lower"),
-    "latent/non_normality": Measure("Henze–Zirkler statistic over its 5% critical value", "lower"),
+    "latent/sliced_wasserstein": Measure("sliced Wasserstein distance of codes from the prior"),
+    "latent/non_normality": Measure("Henze–Zirkler statistic over its 5% critical value"),
     "latent/kurtosis": Measure("mean excess kurtosis of the latents"),
-    "latent/utilisation": Measure("latent utilisation", "higher"),
-    "latent/on_axes": Measure("share of codes along the axes", "lower"),
-    "latent/trustworthiness": Measure("trustworthiness", "higher"),
-    "latent/silhouette": Measure("silhouette of the classes", "higher"),
-    "latent/dependence": Measure("total correlation of latents (nats)", "lower"),
+    "latent/utilisation": Measure("latent utilisation"),
+    "latent/on_lines": Measure("share of codes along two lines"),
+    "latent/trustworthiness": Measure("trustworthiness"),
+    "latent/silhouette": Measure("silhouette of the classes"),
+    "latent/dependence": Measure("total correlation of active latents (nats a latent)"),
     # The decoder
-    "decoder/sensitivity": Measure("output change for a step of 0.1 in z", "lower"),
+    "decoder/sensitivity": Measure("output change for a step of 0.1 in z, as a share of its deviation"),
     "decoder/folds": Measure("folds of the decoded line", step=ONE),
-    "interpolation/roughness": Measure("largest over mean step of an interpolation", "lower"),
-    "interpolation/distance": Measure("distance of midpoints from the data", "lower"),
-    "samples/precision": Measure("precision of samples", "higher", SHARE),
-    "samples/recall": Measure("recall of samples", "higher", SHARE),
-    "samples/f1": Measure("F1 of samples: harmonic mean of precision and recall", "higher", SHARE),
-    "samples/density": Measure("density of samples", "higher", SHARE),
-    "samples/coverage": Measure("coverage of samples", "higher", SHARE),
+    "interpolation/roughness": Measure("largest over mean step of an interpolation"),
+    "interpolation/distance": Measure("distance of midpoints from the data"),
+    "samples/precision": Measure("precision of samples", step=SHARE),
+    "samples/recall": Measure("recall of samples", step=SHARE),
+    "samples/f1": Measure("F1 of samples: harmonic mean of precision and recall", step=SHARE),
+    "samples/density": Measure("density of samples", step=SHARE),
+    "samples/coverage": Measure("coverage of samples", step=SHARE),
     # Ankle boots
-    "boots/axis_alignment": Measure("how far one latent is the shaft's height and the other the heel's", "higher"),
+    "boots/axis_alignment": Measure("how far one latent is the shaft's height and the other the heel's"),
     # Under the noise that the cell was trained with
-    "matched/mse_clean": Measure("squared error from clean images, noise as in training", "lower"),
-    "matched/mse_noisy": Measure("squared error from noisy images, noise as in training", "lower"),
+    "matched/mse_clean": Measure("squared error from clean images, noise as in training"),
+    "matched/mse_noisy": Measure("squared error from noisy images, noise as in training"),
     # Under noise at test time; these have axes `noise` and `level`
-    "noise/mse_clean": Measure("squared error from the clean input", "lower"),
-    "noise/mse_noisy": Measure("squared error from the corrupted input", "lower"),
-    "noise/left": Measure("error left where inputs were changed, as a share of the change", "lower"),
-    "noise/rise": Measure("rise of the error over that of clean input", "lower"),
+    "noise/mse_clean": Measure("squared error from the clean input"),
+    "noise/mse_noisy": Measure("squared error from the corrupted input"),
+    "noise/left": Measure("error left where inputs were changed, as a share of the change"),
+    "noise/rise": Measure("rise of the error, as a share of the variance explained of clean input"),
     # Pruning
     "prune/active_units": Measure("active units", step=ONE),
     "prune/elbow_column_sum": Measure("elbow of |column sum|", step=ONE),

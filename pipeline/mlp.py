@@ -144,6 +144,17 @@ class _MlpFunction(torch.autograd.Function):
         return mlp.joined(grads) if to_x else None, None, None
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums are split among threads, and so depend on their number in the last bit; small ones only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def fast_products(smallest: int) -> contextlib.AbstractContextManager[None]:
     """Has oneDNN make float32 products on a CPU: two to three times as fast where MKL leaves AVX-512 unused (AMD).
 

@@ -13,6 +13,7 @@ from pipeline.results import StudyResults
 MOST_MODELS = 6
 PAIRS = 3  # interpolations a model
 POINTS = 300  # a scatter of a lattice
+BOOTS = "boots/axis_alignment"  # measured of ankle boots alone
 
 
 def section(results: StudyResults) -> str:
@@ -98,7 +99,7 @@ def _manifolds(results: StudyResults, shown: list[Portrait]) -> str:
 
 def _boots(results: StudyResults, label: str, manifold: np.ndarray) -> str:
     """The plane of two latents of ankle boots."""
-    if results.study.data.name != "fashion_boots":
+    if results.metrics[BOOTS].isna().all():
         return ""
     caption = f"Boots over two latents ({label}): is one axis the shaft's height, and the other the heel's?"
     picture = pictures.boot_axes(manifold, results.describe["image_shape"], "latent 0", "latent 1")

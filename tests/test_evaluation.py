@@ -14,14 +14,13 @@ ROWS = 80
 NOISE = Evaluate(noise=({"kind": "gaussian", "levels": (0.0, 0.5)},))
 
 
-def make_data(features=12, *, name="made", image_shape=None, labelled=True, unit_range=True, binarise="none", normal=False):
+def make_data(features=12, *, image_shape=None, names=("a", "b", "c"), unit_range=True, binarise="none", normal=False):
     generator = torch.Generator().manual_seed(1)
     draw = torch.randn if normal else torch.rand
     x = {split: [draw(ROWS, features, generator=generator)] for split in ("train", "validation", "test")}
     x = {split: [rows.round() for rows in parts] for split, parts in x.items()} if binarise != "none" else x
-    labels = {split: [torch.arange(ROWS) % 3] for split in x} if labelled else None
-    names = ("a", "b", "c") if labelled else None
-    return Prepared(x, labels, ["hash"], [{}], features, image_shape, unit_range, binarise, names, {"name": name})
+    labels = {split: [torch.arange(ROWS) % len(names)] for split in x} if names else None
+    return Prepared(x, labels, ["hash"], [{}], features, image_shape, unit_range, binarise, names, {})
 
 
 @pytest.fixture
@@ -57,7 +56,8 @@ def test_every_measure_of_the_catalogue_is_measured_and_no_other(make_stack):
 
 
 def test_columns_hold_a_number_a_cell_or_nothing(make_stack):
-    found = measured(make_stack(make_data(), {}, {"arm": "ae"}, {"latent_dim": 1, "arm": "kl_only"}))
+    cells = ({}, {"arm": "ae"}, {"latent_dim": 1, "arm": "kl_only"})
+    found = measured(make_stack(make_data(), *cells, evaluate=Evaluate(active_threshold=1e-6)))
     assert {len(values) for values in found.values()} == {3}
     known = {name for name, values in found.items() if any(value is not None and not math.isnan(value) for value in values)}
     absent = {"test/elbo", "test/iw_bound", "test/sharpness", "decoder/folds", "boots/axis_alignment"}
@@ -72,7 +72,7 @@ def test_columns_hold_a_number_a_cell_or_nothing(make_stack):
         "test/posterior_variance",
     ):
         assert [math.isnan(value) for value in found[name]] == [False, True, False]
-    assert [math.isnan(value) for value in found["latent/on_axes"]] == [False, False, True]
+    assert [math.isnan(value) for value in found["latent/on_lines"]] == [False, False, True]
     assert [math.isnan(value) for value in found["latent/dependence"]] == [False, False, True]
     assert all(isinstance(value, int) for value in found["test/active_units"])
 
@@ -118,7 +118,7 @@ def test_a_gaussian_likelihood_and_black_and_white_images_have_bounds_and_grey_o
 
 
 def test_the_importance_weighted_bound_rises_with_draws_towards_log_p_of_a_linear_vae(make_stack):
-    data = make_data(3, normal=True, unit_range=False, labelled=False)
+    data = make_data(3, normal=True, unit_range=False, names=None)
     cell = {"model": {"hidden": (), "likelihood": "gaussian"}}
     bounds = {}
     for draws in (1, 8, 512):
@@ -173,7 +173,7 @@ def test_codes_interpolate_between_neighbouring_rows_of_different_classes(make_s
     first = stack.decode(stack.codes["test"])[:, stack.reference.pairs]
     torch.testing.assert_close(stack.paths[:, :, 0], first[:, :, 0])
     torch.testing.assert_close(stack.paths[:, :, -1], first[:, :, 1])
-    assert make_stack(make_data(labelled=False), {}).reference.pairs.shape == (ROWS - 1, 2)
+    assert make_stack(make_data(names=None), {}).reference.pairs.shape == (ROWS - 1, 2)
 
 
 def test_codes_interpolate_between_two_named_classes(make_stack):
@@ -199,11 +199,33 @@ def test_noise_leaves_the_share_of_its_own_energy_that_the_reconstruction_still_
     assert clean["mse_clean"] == clean["mse_noisy"] == pytest.approx(measured(stack)["test/mse"])
     assert all(math.isnan(value) for value in clean["left"])
     energy = (stack.reference.noisy("gaussian", 0.5, True) - stack.x["test"]).square().mean().item()
-    assert clean["rise"] == pytest.approx([0, 0], abs=1e-6)
-    assert noisy["rise"] == pytest.approx(
-        [dirty - own for dirty, own in zip(noisy["mse_clean"], clean["mse_clean"], strict=True)]
-    )
+    assert clean["rise"] == pytest.approx([math.nan, math.nan], nan_ok=True), "an untrained cell explains no variance"
     assert noisy["left"] == pytest.approx([value / energy for value in noisy["mse_clean"]])
+
+
+def test_noise_raises_the_error_by_a_share_of_what_is_explained_of_clean_input(make_stack):
+    stack = make_stack(make_data(), {}, {"arm": "ae"}, evaluate=NOISE)
+    variance = stack.x["test"].var(dim=0, correction=0).mean().item()
+    stack.mse = torch.tensor([0.25 * variance, 2 * variance])
+    _, (_, _, noisy) = noise_curves(stack)
+    assert noisy["rise"][0] == pytest.approx((noisy["mse_clean"][0] - 0.25 * variance) / (0.75 * variance))
+    assert math.isnan(noisy["rise"][1])
+
+
+def test_dependence_and_sensitivity_are_of_active_latents_and_of_what_the_decoder_does_with_them(make_stack):
+    """A second latent that is idle, and a decoder whose outputs are halved, change neither."""
+    lone, both = (make_stack(make_data(), {"latent_dim": dim, "arm": "ae"}) for dim in (1, 2))
+    assert math.isnan(measured(lone)["latent/dependence"][0])
+    codes = torch.randn(1, ROWS, 2, generator=torch.Generator().manual_seed(0))
+    both.codes = {split: codes for split in ("train", "test")}
+    assert abs(measured(both)["latent/dependence"][0]) < 0.1
+    both = make_stack(make_data(), {"latent_dim": 2, "arm": "ae"})
+    both.codes = {split: torch.cat([codes[..., :1], 0 * codes[..., 1:]], dim=-1) for split in ("train", "test")}
+    assert math.isnan(measured(both)["latent/dependence"][0]) and both.active.tolist() == [[True, False]]
+    before, decode = measured(both)["decoder/sensitivity"], both.decode
+    halved = make_stack(make_data(), {"latent_dim": 2, "arm": "ae"})
+    halved.codes, halved.decode = both.codes, lambda z: decode(z) / 2
+    assert measured(halved)["decoder/sensitivity"] == pytest.approx(before)
 
 
 def test_cells_are_measured_under_the_noise_that_they_were_trained_with(make_stack):
@@ -221,7 +243,7 @@ def test_cells_are_measured_under_the_noise_that_they_were_trained_with(make_sta
 def test_folds_are_counted_for_one_latent_in_the_plane_and_boots_for_two(make_stack):
     found = measured(make_stack(make_data(2), {"latent_dim": 1}, {}))
     assert found["decoder/folds"][0] >= 0 and math.isnan(found["decoder/folds"][1])
-    boots = make_data(784, name="fashion_boots", image_shape=(28, 28))
+    boots = make_data(784, names=("Ankle boot",), image_shape=(28, 28))
     found = measured(make_stack(boots, {"latent_dim": 1}, {"arm": "ae"}))
     assert math.isnan(found["boots/axis_alignment"][0]) and 0 <= found["boots/axis_alignment"][1] <= 1
     assert all(value > 0 for value in found["test/sharpness"])

@@ -8,7 +8,7 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from pipeline import metrics
-from pipeline.metrics import active_units, fit_pca, knn_accuracy, mean_variance, pca_reconstruction, squared_error
+from pipeline.metrics import fit_pca, knn_accuracy, pca_reconstruction
 
 generator = torch.Generator().manual_seed(0)
 
@@ -16,19 +16,7 @@ generator = torch.Generator().manual_seed(0)
 def test_squared_error_is_a_mean_over_dimensions():
     output, target = torch.rand(3, 5, 4, generator=generator), torch.rand(5, 4, generator=generator)
     expected = torch.nn.functional.mse_loss(output, target.expand(3, -1, -1), reduction="none").mean(-1)
-    torch.testing.assert_close(squared_error(output, target), expected)
-
-
-def test_active_units_count_latents_that_vary():
-    scales = torch.tensor([1.0, 0.5, 0.05, 0.0])
-    mu = torch.randn(1, 2000, 4, generator=generator) * scales
-    assert active_units(mean_variance(mu, [True])).tolist() == [2]
-
-
-def test_a_code_without_prior_is_measured_against_its_largest_variance():
-    mu = torch.randn(1, 2000, 3, generator=generator) * torch.tensor([1.0, 0.5, 0.01])
-    for scale in (1e-3, 1.0, 1e3):
-        assert active_units(mean_variance(mu * scale, [False])).tolist() == [2]
+    torch.testing.assert_close(metrics.squared_error(output, target), expected)
 
 
 def test_knn_accuracy_agrees_with_scikit_learn_and_a_silent_latent_adds_nothing():
@@ -127,10 +115,14 @@ def test_utilisation_is_1_for_the_prior_and_least_for_a_point(latents):
     assert metrics.utilisation(half).item() == pytest.approx(0.25 if latents > 1 else 0.5, rel=0.05)
 
 
-def test_codes_on_axes_are_counted_and_a_round_cloud_has_an_eighth():
-    assert metrics.on_axes(torch.tensor([[[1.0, 0.05], [0.0, -2.0], [1.0, 1.0], [1.0, -0.2]]])).item() == 0.5
-    expected = np.arctan(0.1) / (np.pi / 4)
-    assert metrics.on_axes(normal(1, 20_000, 2)).item() == pytest.approx(expected, abs=0.01)
+def test_codes_along_two_lines_are_counted_wherever_the_lines_lie():
+    along = normal(1, 500, 1)[0]
+    lines = torch.cat([torch.cat([along, 0.02 * along.flip(0)], dim=1), torch.cat([0.5 + 0.02 * along, along], dim=1)])[None]
+    turned = lines @ torch.tensor([[2.0, 1.0], [-0.5, 0.3]]) + 7
+    assert metrics.on_lines(torch.cat([lines, turned])).min() > 0.9
+    normals = metrics.on_lines(normal(10, 1000, 2))
+    assert normals.min() > 0.17 and normals.max() < 0.22
+    assert metrics.on_lines(torch.zeros(1, 100, 2)).item() == 1
 
 
 def test_total_correlation_is_that_of_the_gaussian_copula_whatever_the_margins():

@@ -13,8 +13,9 @@ from tabulate import tabulate
 from pipeline import datasets
 from pipeline.artifacts import ArtifactError, CellStore, Folders, Prepared, load_prepared
 from pipeline.config import CONFIG_FOLDER, ArmAxes, ConfigError, Study, load_settings, load_study
-from pipeline.executors import bytes_per_cell, find_runtime, one_thread, plan_stacks, traits, workers
+from pipeline.executors import bytes_per_cell, find_runtime, plan_stacks, traits, workers
 from pipeline.grid import Cell, Runtime, cells, data_points, identify, parameter_count
+from pipeline.mlp import one_thread
 from pipeline.trainer import PLAIN, StackTrainer, Traits, versions
 
 MEASURED_UPDATES = 12

@@ -15,8 +15,7 @@ from pipeline import tracking
 from pipeline.artifacts import Folders, finished_cells, load_prepared, trained_stacks, write_table
 from pipeline.config import Study, load_settings, load_study
 from pipeline.executors import find_runtime, keep_freed_memory
-from pipeline.latents import ablation_masks, decoder_columns, elbow
-from pipeline.metrics import active_units, mean_variance, squared_error
+from pipeline.latents import ablation_masks, active_units, decoder_columns, elbow, mean_variance
 from pipeline.model import StackedAutoencoder
 from pipeline.objective import kl_per_latent
 
@@ -81,7 +80,7 @@ def _ablate(
     """Reconstruction error at z = μ with the least important dimensions zeroed, 0 to all of them."""
     dims = [cell.latent_dim for cell in model.cells]
     for zeroed, mask in enumerate(ablation_masks(importance, dims)):
-        errors = squared_error(model.reconstruct(mu * mask[:, None]), x).mean(dim=1).tolist()
+        errors = (model.reconstruct(mu * mask[:, None]) - x).square().mean(dim=(1, 2)).tolist()
         for row, error in enumerate(errors):
             if zeroed <= dims[row] and not importance[row].isnan().any():
                 place = {"cell_id": keys[row], **model.cells[row].row()}
