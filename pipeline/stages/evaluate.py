@@ -93,13 +93,13 @@ def _best(name: str, finished: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pictured(finished: Mapping[str, Cell], best: set[str], data: Prepared) -> pd.DataFrame:
-    """Cells whose codes are saved: the best ones; of images and of data in the plane, every setting's first seed too."""
-    rows = [{"cell_id": key, **cell.row(), "dataset": cell.dataset} for key, cell in finished.items()]
-    table = pd.DataFrame(rows, columns=None if rows else ["cell_id"])
-    chosen = table["cell_id"].isin(best)
-    if rows and (data.features == 2 or data.image_shape):
-        chosen |= ~table.sort_values("seed").duplicated(["arm", *AXES, "dataset"])
-    return table[chosen]
+    """Cells whose codes are saved: of images and of data in the plane, the best ones and every setting's first seed."""
+    visible = data.features == 2 or data.image_shape
+    rows = [{"cell_id": key, **cell.row(), "dataset": cell.dataset} for key, cell in finished.items() if visible]
+    if not rows:
+        return pd.DataFrame(columns=["cell_id"])
+    table = pd.DataFrame(rows)
+    return table[table["cell_id"].isin(best) | ~table.sort_values("seed").duplicated(["arm", *AXES, "dataset"])]
 
 
 def _rows(stack: Measured) -> dict[str, Rows]:
