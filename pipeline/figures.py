@@ -61,6 +61,24 @@ def _draw_training(ax: Axes, curves: pd.DataFrame) -> None:
     ax.legend(handles=drawing.handles(colours), loc="upper right", handlelength=1.2)
 
 
+@drawing.house_style
+def likelihood_curves(curves: pd.DataFrame, reached: Sequence[float], published: float) -> Figure:
+    """−ELBO of validation data over updates, a line for each seed; −log p(x) reached on test data by each; and the published."""
+    figure, axes = drawing.panels(1, 1, height=3.4, width=6.6)
+    ax = axes[0, 0]
+    for _, curve in curves.groupby("seed"):
+        ax.plot(curve["update"], curve["validation_loss"], color=drawing.ARM_COLOURS["vae"], linewidth=0.9)
+    ax.plot([curves["update"].max()] * len(reached), reached, "o", color="black", markersize=4, clip_on=False)
+    ax.axhline(published, color=drawing.GREY, linestyle="--")
+    ax.set_xscale("log")
+    ax.set(xlabel="update", ylabel="nats")
+    dashed = Line2D([], [], color=drawing.GREY, linestyle="--", label=f"published: {published:g}")
+    of_test = drawing.handles({"−log p(x), test": "black"}, marker="o", linestyle="")
+    ax.legend(handles=[*drawing.handles({"−ELBO, validation": drawing.ARM_COLOURS["vae"]}), *of_test, dashed])
+    drawing.title(figure, "Towards a published log-likelihood")
+    return figure
+
+
 # Over noise in training
 
 

@@ -23,6 +23,7 @@ COUNTS = {
     "elbow_column_l2": "elbow of L2 norm",
     "elbow_kl": "elbow of KL",
 }
+BOUND = "test/iw_bound"
 LONGEST_TABLE = 16
 MOST_SERIES = 3
 SAME_ERROR = 1.05
@@ -48,6 +49,7 @@ def study_section(
         ledger.study_section(entries, studies, _claims_figure(results, entries)),
         _metrics_section(results),
         _rate_section(results, front),
+        _likelihood_section(results),
         portraits.section(results),
         _noise_section(results),
         _training_noise_section(results),
@@ -338,6 +340,26 @@ def _noise_headline(results: StudyResults) -> str:
     paired = _corrupted(results)
     paired = paired[(paired["arm"] == "vae") & (paired["level"] > 0)] if len(paired) else paired
     return _tally(paired, "squared error on corrupted inputs")
+
+
+# Published log-likelihoods
+
+
+def _likelihood_section(results: StudyResults) -> str:
+    """How near training came to the log-likelihood that a claim says can be reached."""
+    tests = [claim.test for claim in results.study.claims if isinstance(claim.test, config.Bound)]
+    published = [-test.above for test in tests if test.metric == BOUND and test.above is not None]
+    if not published or results.metrics.empty:
+        return ""
+    curves = results.history.merge(results.manifest[["cell_id", "seed"]], on="cell_id")
+    reached = intervals.seed_interval(-results.metrics.groupby("seed")[BOUND].mean())
+    draws = results.study.evaluate.importance_samples
+    caption = (
+        f"−ELBO of validation images over training, a line for each seed; points: −log p(x) of test images by {draws:,} "
+        f"importance samples, {intervals.with_half_width(reached)} nats after {results.study.train.updates:,} updates; dashed: as published."
+    )
+    picture = figures.likelihood_curves(curves, -results.metrics[BOUND], published[0])
+    return md.join("### Towards the published log-likelihood", results.gallery.show("likelihood", picture, caption))
 
 
 # Noise in training, and properties of the data

@@ -47,6 +47,11 @@ def _training(panels: int) -> pd.DataFrame:
     return pd.concat([table.assign(panel=f"study {k}") for k in range(panels)])
 
 
+def _likelihoods() -> pd.DataFrame:
+    updates = np.geomspace(100, 10_000, 20)
+    return pd.concat(pd.DataFrame({"seed": s, "update": updates, "validation_loss": 90 + s + 9e3 / updates}) for s in (0, 1))
+
+
 def _noise() -> pd.DataFrame:
     return _summary(["mse_clean"], noise=["gaussian", "salt_and_pepper"], latent_dim=[2, 8], level=[0.0, 0.1, 0.3])
 
@@ -112,6 +117,7 @@ SPACES = [("PCA", POINTS, LABELS), ("plain AE", 3 * POINTS, LABELS % 2)]
 DRAWINGS: dict[str, Callable[[], Figure]] = {
     "training": lambda: figures.training_curves(_training(4)),
     "training, one panel": lambda: figures.training_curves(_training(1)),
+    "likelihood": lambda: figures.likelihood_curves(_likelihoods(), [88.2, 88.4], 86.76),
     "rate-distortion": lambda: figures.rate_distortion(_rates()),
     "rate-distortion with trials": lambda: figures.rate_distortion(_rates(), _trials()),
     "search": lambda: figures.search_front(_trials()),
