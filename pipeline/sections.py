@@ -356,7 +356,8 @@ def _likelihood_section(results: StudyResults) -> str:
     draws = results.study.evaluate.importance_samples
     caption = (
         f"−ELBO of validation images over training, a line for each seed; points: −log p(x) of test images by {draws:,} "
-        f"importance samples, {intervals.with_half_width(reached)} nats after {results.study.train.updates:,} updates; dashed: as published."
+        f"importance samples, {intervals.with_half_width(reached)} nats after {results.study.train.updates:,} updates; dashed: "
+        "as published."
     )
     picture = figures.likelihood_curves(curves, -results.metrics[BOUND], published[0])
     return md.join("### Towards the published log-likelihood", results.gallery.show("likelihood", picture, caption))
