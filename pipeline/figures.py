@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -482,6 +482,22 @@ def ledger(claims: pd.DataFrame) -> Figure:
     drawing.label_edges(axes, "effect, scaled by its interval's far end", "claim")
     drawing.title(figure, "The claims: effects with 95% intervals")
     figure.legend(handles=drawing.handles(VERDICT_COLOURS, marker="o"), loc="outside upper right", ncols=3)
+    return figure
+
+
+@drawing.house_style
+def identities(shares: Mapping[str, float]) -> Figure:
+    """Deviation of each identity as a share of its tolerance: to the right of 1 it fails."""
+    figure, axes = drawing.panels(1, 1, height=0.18 * len(shares) + 0.4)
+    ax, places = axes[0, 0], np.arange(len(shares))
+    values = np.minimum(list(shares.values()), 1.5)
+    ax.hlines(places, 0, values, color=drawing.GREY, linewidth=1.0)
+    ax.plot(values, places, "o", color="black", markersize=4, clip_on=False)
+    ax.axvline(1, color=drawing.GREY, linestyle="--")
+    ax.set_yticks(places, list(shares))
+    ax.set(xlim=(0, 1.6), ylim=(len(shares) - 0.4, -0.6))
+    drawing.label_edges(axes, "deviation, as a share of what is tolerated", "identity")
+    drawing.title(figure, "The identities: deviation of both sides")
     return figure
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from pipeline import claims, config, drawing, figures, grid, identities, intervals, measures
 from pipeline import markdown as md
 from pipeline.claims import Entry
+from pipeline.results import Gallery
 
 SOURCES = {
     "000": "A. V. Gupta and B. Shankar, *Variational Autoencoders Artificial Neural Network Architecture*",
@@ -97,19 +98,26 @@ def _controls(entries: Sequence[Entry]) -> str:
     return md.join(f"### {CONTROLS}", f"Claims whose truth is known check the ledger itself. {found}", _table(controls))
 
 
-def identities_section() -> str:
+def identities_section(gallery: Gallery) -> str:
     """What the sources derive: checked where it is exact, without training."""
-    rows = [_identity_row(identity) for identity in identities.IDENTITIES.values()]
+    outcomes = {identity.id: identity.check() for identity in identities.IDENTITIES.values()}
+    rows = [_identity_row(identity, outcomes[identity.id]) for identity in identities.IDENTITIES.values()]
     intro = "These need no sweep: they are computed whenever the report is written, and the tests assert them."
     errata = md.bullets(f"{md.escape(source)}: {md.escape(says)}" for _, source, says in identities.ERRATA)
     header = ["identity", "source", "it says", "found", "deviation", "tolerance"]
-    return md.join("## Identities and errata", intro, md.table(header, rows), "### Errata of the sources", errata)
+    shares = {id: 0.0 if _is_rounding(outcome) else outcome.deviation / outcome.tolerance for id, outcome in outcomes.items()}
+    caption = "How far the two sides of each identity lie apart, as a share of what is tolerated; rounding is drawn at 0."
+    shown = gallery.show("identities", figures.identities(shares), caption)
+    return md.join("## Identities and errata", intro, md.table(header, rows), shown, "### Errata of the sources", errata)
 
 
-def _identity_row(identity: identities.Identity) -> list[str]:
-    outcome = identity.check()
-    rounding = outcome.holds and outcome.tolerance < ROUNDING  # its digits differ from machine to machine
-    deviation = "rounding" if rounding else intervals.plain(outcome.deviation, 2)
+def _is_rounding(outcome: identities.Outcome) -> bool:
+    """Its digits differ from machine to machine."""
+    return outcome.holds and outcome.tolerance < ROUNDING
+
+
+def _identity_row(identity: identities.Identity, outcome: identities.Outcome) -> list[str]:
+    deviation = "rounding" if _is_rounding(outcome) else intervals.plain(outcome.deviation, 2)
     found = "**holds**" if outcome.holds else "**fails**"
     numbers = [found, deviation, intervals.plain(outcome.tolerance, 2)]
     return [identity.id, md.escape(identity.source), md.escape(identity.says), *numbers]

@@ -117,6 +117,7 @@ SPACES = [("PCA", POINTS, LABELS), ("plain AE", 3 * POINTS, LABELS % 2)]
 DRAWINGS: dict[str, Callable[[], Figure]] = {
     "training": lambda: figures.training_curves(_training(4)),
     "training, one panel": lambda: figures.training_curves(_training(1)),
+    "identities": lambda: figures.identities({"holds": 0.4, "rounds": 0.0, "fails": 9.0}),
     "likelihood": lambda: figures.likelihood_curves(_likelihoods(), [88.2, 88.4], 86.76),
     "rate-distortion": lambda: figures.rate_distortion(_rates()),
     "rate-distortion with trials": lambda: figures.rate_distortion(_rates(), _trials()),

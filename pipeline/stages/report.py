@@ -61,7 +61,7 @@ def run() -> None:
         _head(studies, searches, ledger.section(entries, _ledger_figure(entries, gallery)) if entries else ""),
         *(sections.study_section(results, searches, _of(entries, results.name), known) for results in studies),
         *(sections.search_section(results) for results in searches),
-        ledger.identities_section(),
+        ledger.identities_section(gallery),
         *(_problems(studies), _training(studies, gallery), _tracking(studies[0].name), _versions(studies)),
     ]
     artifacts.write_bytes(folder / "report.md", (md.join(*parts) + "\n").encode())
