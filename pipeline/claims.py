@@ -56,10 +56,14 @@ class Measured(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One of the things that a test compares: its level of an axis, and the measure of each seed, averaged over all else."""
+    """One of the things that a test compares: its level of an axis, and the measure of each seed, averaged over all else.
+
+    `averaged` is the least number of values that a seed's is the mean of.
+    """
 
     level: str
     by_seed: pd.Series
+    averaged: int = 1
 
 
 class Entry(NamedTuple):
@@ -101,7 +105,7 @@ def _examine(name: str, claim: config.Claim, studies: Mapping[str, config.Study]
         return Entry(name, claim, UNDECIDED, note=note)
     sides = _aligned(claim.test, parts)
     contrasts = KINDS[claim.test.kind](claim.test, sides)
-    decision = decide(contrasts, _least_spread(claim.test))
+    decision = decide(contrasts, _least_spread(claim.test, sides))
     effect, note = seed_interval(contrasts.effect), _doubt(parts, decision)
     return Entry(name, claim, decision.side, sides, effect, decision.p, note=note)
 
@@ -134,18 +138,24 @@ class Part:
         """The rows that have all of the measures."""
         return self.rows.dropna(subset=self.metrics) if set(self.metrics) <= set(self.rows) else self.rows.iloc[:0]
 
-    def by_seed(self, over: str | None = None, level: Any = None) -> pd.Series:
+    def side(self, over: str | None = None, level: Any = None) -> Side:
         """The measure of each seed, averaged over all else; of one level of an axis where it is given."""
         rows = self.known if over is None else self.known[self.known[over] == level]
-        return rows[self.metrics].astype(float).mean(axis=1).groupby(rows["seed"]).mean()
+        of_seed = rows[self.metrics].astype(float).mean(axis=1).groupby(rows["seed"])
+        name = "" if level is None else f"{level:g}"
+        return Side(name, of_seed.mean(), len(self.metrics) * int(of_seed.size().min()) if len(rows) else 1)
 
 
 def _shortage(parts: Sequence[Part]) -> str:
     """What a claim lacks; empty if every cell that it is about was measured."""
-    wanted, known = (sum(map(len, cells)) for cells in zip(*((p.wanted, set(p.known["cell_id"])) for p in parts), strict=True))
+    wanted = sum(len(part.wanted) for part in parts)
+    there = sum(part.rows["cell_id"].nunique() for part in parts)
+    known = sum(part.known["cell_id"].nunique() for part in parts)
     if not known:
         return "the metric is not measured in this study"
-    return f"{wanted - known} of {wanted} cells diverged or are missing" if known < wanted else ""
+    if there < wanted:
+        return f"{wanted - there} of {wanted} cells diverged or are missing"
+    return f"{there - known} of {wanted} cells have no such value" if known < there else ""
 
 
 def _doubt(parts: Sequence[Part], decision: Decision) -> str:
@@ -159,20 +169,22 @@ def _doubt(parts: Sequence[Part], decision: Decision) -> str:
 
 def _aligned(test: config.Test, parts: Sequence[Part]) -> list[Side]:
     """The sides, or the levels that the test goes over, with the seeds that all of them have."""
-    sides = [Side("", part.by_seed()) for part in parts]
+    sides = [part.side() for part in parts]
     for over in test.varied:
         levels = sorted({float(cell[over]) for cell in parts[0].wanted})
-        sides = [Side(f"{level:g}", parts[0].by_seed(over, level)) for level in levels]
+        sides = [parts[0].side(over, level) for level in levels]
     together = pd.concat([side.by_seed for side in sides], axis=1, join="inner")
-    return [Side(side.level, together.iloc[:, number]) for number, side in enumerate(sides)]
+    return [side._replace(by_seed=together.iloc[:, number]) for number, side in enumerate(sides)]
 
 
-def _least_spread(test: config.Test) -> float:
+def _least_spread(test: config.Test, sides: list[Side]) -> float:
     """The standard deviation below which equal values say no more: half a step of what can only be counted.
 
-    A count that is one of two neighbours has at most this one, and five equal ones are no proof that the other cannot come.
+    A count that is one of two neighbours has at most this one, and five equal ones are no proof that the other cannot come. A
+    mean of several counts spreads less.
     """
-    return max(find(metric).step for metric in config.choices(test.metric)) / 2
+    averaged = min(side.averaged for side in sides) * (len(sides) if test.kind == "count" else 1)
+    return max(find(metric).step for metric in config.choices(test.metric)) / 2 / math.sqrt(averaged)
 
 
 # Kinds of tests
@@ -229,9 +241,9 @@ def bound(values: Seeds, *, above: float | None = None, below: float | None = No
 
 
 def counts(levels: Levels, *, numbers: Sequence[float | int]) -> Contrasts:
-    """At each level the mean count, rounded, is the level's number; the effect is the mean excess."""
+    """Counts are off the numbers of their levels by less than a half, on average; the effect is the mean excess."""
     excess = levels - np.asarray(numbers)[:, None]
-    return _all_of([*(excess + 0.5), *(0.5 - excess)], excess.mean(axis=0))
+    return _all_of([0.5 - np.abs(excess).mean(axis=0)], excess.mean(axis=0))
 
 
 def interior_optimum(levels: Levels, *, lowest: bool) -> Contrasts:

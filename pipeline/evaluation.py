@@ -351,18 +351,19 @@ def measured(stack: Measured) -> dict[str, list[float | None]]:
 def noise_curves(stack: Measured) -> Iterator[tuple[str, float, dict[str, list[float]]]]:
     """Kind, level, and by column one number a cell: squared errors of the reconstruction of corrupted test inputs.
 
-    Against the clean input and against the corrupted one; where an input was changed, the first as the share that is `left` of
-    the change; and its `rise` over that of the reconstruction of clean inputs, as a share of the variance that this explains:
-    what explains nothing has nothing to lose.
+    Against the clean input and against the corrupted one; the first where an input was changed, as the share that is `left` of
+    the error of the training data's mean there; and its `rise` over that of the reconstruction of clean inputs, as a share of
+    the variance that this explains: what explains nothing has nothing to lose.
     """
-    x = stack.x["test"]
+    x, mean = stack.x["test"], stack.x["train"].mean(dim=0)
     explained = x.var(dim=0, correction=0).mean() - stack.mse
     explained = stack.where(explained > 0, explained)
     for kind, level in ((noise.kind, level) for noise in stack.evaluate.noise for level in noise.levels):
         noisy = stack.reference.noisy(kind, level, stack.data.unit_range)
-        clean, dirty, there = stack.errors(stack.encode(noisy)[0], (x, 1.0), (noisy, 1.0), (x, (noisy != x).float()))
-        added = (noisy - x).square().mean().item() or math.nan
-        columns = {"mse_clean": clean, "mse_noisy": dirty, "left": there / added, "rise": (clean - stack.mse) / explained}
+        changed = (noisy != x).float()
+        clean, dirty, there = stack.errors(stack.encode(noisy)[0], (x, 1.0), (noisy, 1.0), (x, changed))
+        of_mean = ((mean - x).square() * changed).mean()
+        columns = {"mse_clean": clean, "mse_noisy": dirty, "left": there / of_mean, "rise": (clean - stack.mse) / explained}
         yield kind, level, {name: values.tolist() for name, values in columns.items()}
 
 
@@ -447,7 +448,7 @@ def near_1(stack: Measured) -> Values:
 
 @measure("test/active_units")
 def active_units(stack: Measured) -> Values:
-    return latents.active_units(stack.mean_variance, stack.evaluate.active_threshold)
+    return stack.active.sum(dim=-1)
 
 
 @measure("units/active", "units/mixed", "units/passive")
@@ -516,8 +517,10 @@ def utilisation(stack: Measured) -> Values:
 
 @measure("latent/on_lines")
 def on_lines(stack: Measured) -> Values:
+    """Of two active latents."""
     rows = metrics.evenly(len(stack.x["test"]), PROJECTED)
-    return stack.by_latents(metrics.on_lines, stack.codes["test"][:, rows], least=2, most=2)
+    found = stack.by_latents(metrics.on_lines, stack.codes["test"][:, rows], least=2, most=2)
+    return stack.where(stack.active.sum(dim=-1) == 2, found)
 
 
 @measure("latent/trustworthiness")
@@ -533,11 +536,11 @@ def silhouette(stack: Measured) -> Values:
 
 @measure("latent/dependence")
 def dependence(stack: Measured) -> Values:
-    """Total correlation of the active latents, a latent after the first: idle ones depend on nothing. NaN below two."""
+    """Total correlation of the active latents' means, a latent after the first: idle ones depend on nothing. NaN below two."""
     found = torch.full(stack.dims.shape, math.nan, device=stack.device)
     for row, active in enumerate(stack.active):
         if (count := int(active.sum())) > 1:
-            found[row] = metrics.total_correlation(stack.aggregate[row : row + 1, :, active]).item() / (count - 1)
+            found[row] = metrics.total_correlation(stack.codes["test"][row : row + 1, :, active]).item() / (count - 1)
     return found
 
 
@@ -556,17 +559,18 @@ def radii(stack: Measured) -> Mapping[str, Tensor] | None:
 
 @measure("decoder/sensitivity")
 def sensitivity(stack: Measured) -> Values:
-    """Change of the output for a step of 0.1 deviations of the prior in a random direction of the active latents.
+    """Change of the output for a random step that is distributed as codes are, a tenth as far.
 
-    Root mean squares: of the change, as a share of the deviation of outputs over test rows, so that a decoder is not called
-    smooth because it ignores its code. A linear decoder of n equally strong latents has 0.1/√n.
+    Root mean squares: of the change, as a share of the deviation of outputs over test rows, so that neither a code's scale and
+    rotation nor a decoder that ignores it matters. Every linear decoder has 0.1.
     """
-    rows = stack.reference.compared
-    direction = torch.nn.functional.normalize(stack.draws(STEPPED, len(rows))[:, 0] * stack.active[:, None], dim=-1)
-    moved = stack.decode(stack.codes["test"][:, rows] + STEP * stack.prior[1] * direction)
+    rows, codes = stack.reference.compared, stack.codes["test"].double()
+    centred = codes - codes.mean(dim=1, keepdim=True)
+    floor = latents.VARIANCE_FLOOR * torch.eye(codes.shape[-1], device=stack.device)
+    factor = torch.linalg.cholesky(centred.mT @ centred / codes.shape[1] + floor).float()
+    moved = stack.decode(stack.codes["test"][:, rows] + STEP * stack.draws(STEPPED, len(rows))[:, 0] @ factor.mT)
     change = metrics.squared_error(moved, stack.reconstructions[:, rows]).mean(dim=1)
-    share = (change / stack.reconstructions.var(dim=1).mean(dim=-1)).sqrt()
-    return stack.where(stack.active.any(dim=-1), share)
+    return (change / stack.reconstructions.var(dim=1).mean(dim=-1)).sqrt()
 
 
 @measure("decoder/folds")

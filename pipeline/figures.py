@@ -73,7 +73,7 @@ def likelihood_curves(curves: pd.DataFrame, reached: Sequence[float], published:
     ax.set_xscale("log")
     ax.set(xlabel="update", ylabel="nats")
     dashed = Line2D([], [], color=drawing.GREY, linestyle="--", label=f"published: {published:g}")
-    of_test = drawing.handles({"−log p(x), test": "black"}, marker="o", linestyle="")
+    of_test = drawing.handles({"bound on −log p(x), test": "black"}, marker="o", linestyle="")
     ax.legend(handles=[*drawing.handles({"−ELBO, validation": drawing.ARM_COLOURS["vae"]}), *of_test, dashed])
     drawing.title(figure, "Towards a published log-likelihood")
     return figure
@@ -490,7 +490,7 @@ def identities(shares: Mapping[str, float]) -> Figure:
     """Deviation of each identity as a share of its tolerance: to the right of 1 it fails."""
     figure, axes = drawing.panels(1, 1, height=0.18 * len(shares) + 0.4)
     ax, places = axes[0, 0], np.arange(len(shares))
-    values = np.minimum(list(shares.values()), 1.5)
+    values = np.minimum(np.nan_to_num(list(shares.values()), nan=np.inf), 1.5)
     ax.hlines(places, 0, values, color=drawing.GREY, linewidth=1.0)
     ax.plot(values, places, "o", color="black", markersize=4, clip_on=False)
     ax.axvline(1, color=drawing.GREY, linestyle="--")

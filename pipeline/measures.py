@@ -48,12 +48,12 @@ MEASURES = {
     "latent/non_normality": Measure("Henze–Zirkler statistic over its 5% critical value"),
     "latent/kurtosis": Measure("mean excess kurtosis of the latents"),
     "latent/utilisation": Measure("latent utilisation"),
-    "latent/on_lines": Measure("share of codes along two lines"),
+    "latent/on_lines": Measure("share of codes along two lines, above that of random directions"),
     "latent/trustworthiness": Measure("trustworthiness"),
     "latent/silhouette": Measure("silhouette of the classes"),
     "latent/dependence": Measure("total correlation of active latents (nats a latent)"),
     # The decoder
-    "decoder/sensitivity": Measure("output change for a step of 0.1 in z, as a share of its deviation"),
+    "decoder/sensitivity": Measure("output change for a step of 0.1 deviations in z"),
     "decoder/folds": Measure("folds of the decoded line", step=ONE),
     "interpolation/roughness": Measure("largest over mean step of an interpolation"),
     "interpolation/distance": Measure("distance of midpoints from the data"),
@@ -70,7 +70,7 @@ MEASURES = {
     # Under noise at test time; these have axes `noise` and `level`
     "noise/mse_clean": Measure("squared error from the clean input"),
     "noise/mse_noisy": Measure("squared error from the corrupted input"),
-    "noise/left": Measure("error left where inputs were changed, as a share of the change"),
+    "noise/left": Measure("error where inputs were changed, as a share of the mean image's"),
     "noise/rise": Measure("rise of the error, as a share of the variance explained of clean input"),
     # Pruning
     "prune/active_units": Measure("active units", step=ONE),

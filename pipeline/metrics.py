@@ -197,20 +197,30 @@ def _filled_cells(codes: Float[Tensor, "stack row latent"]) -> Float[Tensor, " s
 
 
 def on_lines(codes: Float[Tensor, "stack row 2"]) -> Float[Tensor, " stack"]:
-    """Share of codes within a tenth of a deviation of one of two straight lines, chosen to hold as many as they can.
+    """How many more codes lie along two lines than would if each had a random direction: 0 for any round cloud, at most 1.
 
-    Lines wherever they lie, by a Hough transform (Duda & Hart 1972): the first by itself, the second of what is left. Codes are
-    whitened, so that neither rotation nor scale matters. A thousand draws of a normal distribution have about 0.2, because
-    lines that are chosen hold more than any that is given.
+    Codes are whitened, so that neither rotation nor scale matters; in a random direction they lie as far from the centre.
     """
-    angles = torch.arange(0, math.pi, math.pi / LINES, device=codes.device)
-    normal = torch.stack([angles.cos(), angles.sin()])
-    offsets = torch.arange(-2, 2.01, LINE_WIDTH, device=codes.device)
+    white = _whitened(codes).float()
+    directions = torch.nn.functional.normalize(fixed_normals(codes.shape[1], 2, codes.device), dim=-1)
+    return _on_best_lines(white) - _on_best_lines(white.norm(dim=-1, keepdim=True) * directions)
+
+
+def _on_best_lines(white: Float[Tensor, "stack row 2"]) -> Float[Tensor, " stack"]:
+    """Share of rows within 0.1 of one of two lines that cross at 30° or more, by a Hough transform (Duda & Hart 1972).
+
+    The first line holds as many as it can, the second as many of those left.
+    """
+    angles = torch.arange(0, math.pi, math.pi / LINES, device=white.device)
+    offsets = torch.arange(-2, 2.01, LINE_WIDTH, device=white.device)
+    normal, angle = torch.stack([angles.cos(), angles.sin()]), angles.repeat_interleave(len(offsets))
     shares = []
-    for white in _whitened(codes).float():
-        near = (((white @ normal)[..., None] - offsets).abs() < LINE_WIDTH).flatten(1).float()
-        first = near[:, near.sum(dim=0).argmax()]
-        shares.append((first + (near * (1 - first)[:, None])[:, (near.T @ (1 - first)).argmax()]).mean())
+    for rows in white:
+        near = (((rows @ normal)[..., None] - offsets).abs() < LINE_WIDTH).flatten(1).float()
+        first = near.sum(dim=0).argmax()
+        crosses = (angle - angle[first]).sin().abs() >= 0.5
+        left = near[:, crosses].T @ (1 - near[:, first])
+        shares.append((near[:, first].sum() + left.max()) / len(rows))
     return torch.stack(shares)
 
 

@@ -355,7 +355,7 @@ def _likelihood_section(results: StudyResults) -> str:
     reached = intervals.seed_interval(-results.metrics.groupby("seed")[BOUND].mean())
     draws = results.study.evaluate.importance_samples
     caption = (
-        f"−ELBO of validation images over training, a line for each seed; points: −log p(x) of test images by {draws:,} "
+        f"−ELBO of validation images over training, a line for each seed; points: its bound for test images by {draws:,} "
         f"importance samples, {intervals.with_half_width(reached)} nats after {results.study.train.updates:,} updates; dashed: "
         "as published."
     )

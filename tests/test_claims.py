@@ -65,7 +65,7 @@ NULLS = {
     "equal": lambda draw: equal(draw(6) + 1, np.zeros(6), margin=1.0),
     "no_better": lambda draw: no_better(draw(6) - 1, np.zeros(6), margin=1.0, lower=True),
     "bound": lambda draw: bound(draw(6), above=0.0),
-    "count": lambda draw: counts(3.5 + draw(6)[None], numbers=[3]),
+    "count": lambda draw: counts(np.where(draw((2, 6)) > 0, 3.0, 4.0), numbers=[3, 3]),
     "interior_optimum": lambda draw: interior_optimum(np.stack([draw(6) for _ in range(4)]), lowest=True),
 }
 
@@ -231,7 +231,7 @@ def test_the_unit_is_the_seed(study):
 PERTURBATIONS = {
     "rises": lambda cells: cells.assign(**{"test/mse": cells["test/mse"].where(cells["beta"] != 10, 0.0)}),
     "beats": lambda cells: cells.assign(**{"test/mse": cells["test/mse"].where(cells["arm"] != "ae", 9.0)}),
-    "units": lambda cells: cells.assign(**{"prune/active_units": cells["prune/active_units"] + (cells["manifold_dim"] == 3)}),
+    "units": lambda cells: cells.assign(**{"prune/active_units": cells["prune/active_units"] + 1}),
 }
 
 

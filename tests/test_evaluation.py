@@ -192,15 +192,17 @@ def test_samples_come_from_the_prior_or_from_the_gaussian_that_fits_the_codes(ma
     torch.testing.assert_close(codes[1].mean(dim=0), train[1].mean(dim=0), rtol=0, atol=0.05)
 
 
-def test_noise_leaves_the_share_of_its_own_energy_that_the_reconstruction_still_has(make_stack):
+def test_what_noise_leaves_is_a_share_of_the_mean_images_error(make_stack):
     stack = make_stack(make_data(), {}, {"arm": "ae"}, evaluate=NOISE)
     (_, none, clean), (kind, level, noisy) = noise_curves(stack)
     assert (none, kind, level) == (0.0, "gaussian", 0.5)
     assert clean["mse_clean"] == clean["mse_noisy"] == pytest.approx(measured(stack)["test/mse"])
     assert all(math.isnan(value) for value in clean["left"])
-    energy = (stack.reference.noisy("gaussian", 0.5, True) - stack.x["test"]).square().mean().item()
+    changed = stack.reference.noisy("gaussian", 0.5, True) != stack.x["test"]
+    of_mean = ((stack.x["train"].mean(dim=0) - stack.x["test"]).square() * changed).mean().item()
     assert clean["rise"] == pytest.approx([math.nan, math.nan], nan_ok=True), "an untrained cell explains no variance"
-    assert noisy["left"] == pytest.approx([value / energy for value in noisy["mse_clean"]])
+    left = stack.errors(stack.encode(stack.reference.noisy("gaussian", 0.5, True))[0], (stack.x["test"], changed.float()))[0]
+    torch.testing.assert_close(torch.tensor(noisy["left"]), left / of_mean)
 
 
 def test_noise_raises_the_error_by_a_share_of_what_is_explained_of_clean_input(make_stack):
@@ -212,20 +214,38 @@ def test_noise_raises_the_error_by_a_share_of_what_is_explained_of_clean_input(m
     assert math.isnan(noisy["rise"][1])
 
 
-def test_dependence_and_sensitivity_are_of_active_latents_and_of_what_the_decoder_does_with_them(make_stack):
-    """A second latent that is idle, and a decoder whose outputs are halved, change neither."""
-    lone, both = (make_stack(make_data(), {"latent_dim": dim, "arm": "ae"}) for dim in (1, 2))
-    assert math.isnan(measured(lone)["latent/dependence"][0])
-    codes = torch.randn(1, ROWS, 2, generator=torch.Generator().manual_seed(0))
-    both.codes = {split: codes for split in ("train", "test")}
-    assert abs(measured(both)["latent/dependence"][0]) < 0.1
-    both = make_stack(make_data(), {"latent_dim": 2, "arm": "ae"})
-    both.codes = {split: torch.cat([codes[..., :1], 0 * codes[..., 1:]], dim=-1) for split in ("train", "test")}
-    assert math.isnan(measured(both)["latent/dependence"][0]) and both.active.tolist() == [[True, False]]
-    before, decode = measured(both)["decoder/sensitivity"], both.decode
-    halved = make_stack(make_data(), {"latent_dim": 2, "arm": "ae"})
-    halved.codes, halved.decode = both.codes, lambda z: decode(z) / 2
-    assert measured(halved)["decoder/sensitivity"] == pytest.approx(before)
+def normals(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def given(stack, codes):
+    """The stack, as if it had encoded both splits so."""
+    codes = torch.nn.functional.pad(codes, (0, stack.model.lanes - codes.shape[-1]))
+    stack.codes = {split: codes for split in ("train", "test")}
+    return stack
+
+
+def test_dependence_is_of_active_latents_and_a_latent_after_the_first(make_stack):
+    x = normals(1, ROWS, 2)
+    x[..., 1] = 0.8 * x[..., 0] + 0.6 * x[..., 1]
+    idle, third = 1e-6 * normals(1, ROWS, 1), x[..., :1] + 1e-3 * normals(1, ROWS, 1)
+    cells = [make_stack(make_data(), {"latent_dim": dim, "arm": "ae"}) for dim in (2, 3, 3, 2)]
+    codes = [x, torch.cat([x, idle], dim=-1), torch.cat([x, third], dim=-1), torch.cat([x[..., :1], idle], dim=-1)]
+    two, with_idle, three, lone = (measured(given(*each))["latent/dependence"][0] for each in zip(cells, codes, strict=True))
+    assert two == pytest.approx(-0.5 * math.log(1 - 0.8**2), abs=0.2) and with_idle == pytest.approx(two)
+    assert three > two and math.isnan(lone)
+
+
+TURNS = (torch.eye(3), torch.tensor([[3.0, 0, 0], [1.0, 0.2, 0], [0, 0, 1e-3]]), torch.diag(torch.tensor([1.0, 0, 0])))
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_every_linear_decoder_has_the_same_sensitivity(make_stack, turn):
+    """However many latents it has, how they are scaled and rotated, and how small its outputs are."""
+    stack = given(make_stack(make_data(), {"latent_dim": 3, "arm": "ae"}), normals(1, ROWS, 3) @ turn)
+    weight = torch.tensor([[1.0, -2.0, 0.5, 0.1], [0.3, 1.0, 1.0, 0.0], [0.0, 0.4, 2.0, 1.0]])
+    stack.decode = lambda z: 0.01 * z[..., :3] @ weight
+    assert MEASUREMENTS[("decoder/sensitivity",)](stack).item() == pytest.approx(0.1, rel=0.2)
 
 
 def test_cells_are_measured_under_the_noise_that_they_were_trained_with(make_stack):
