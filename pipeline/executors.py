@@ -275,6 +275,8 @@ class Workers(_LocalExecutor):
                 }
                 while pending:
                     finished, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+                    # A future that its pool cancelled counts as pending for good.
+                    pending = {future for future in pending if not future.cancelled()}
                     if self._asked_to_stop() and not stop.is_set():
                         stop.set()
                         pool.shutdown(wait=False, cancel_futures=True)
