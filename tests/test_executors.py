@@ -114,7 +114,7 @@ def test_interrupted_anywhere_ends_bit_identical(tmp_path, data, wanted):
 
 def test_interrupted_workers_leave_stacks_that_wait_and_go_on_where_they_were(tmp_path, data, make_cell):
     wanted = identify(
-        [make_cell(seed=seed, train={"updates": 4000, "history_points": 200}) for seed in range(8)], ["hash"], RUNTIME
+        [make_cell(seed=seed, train={"updates": 4000, "history_points": 200}) for seed in range(16)], ["hash"], RUNTIME
     )
     whole, broken = CellStore(tmp_path / "whole"), CellStore(tmp_path / "broken")
     list(Inline(whole, RUNTIME, stack_size=2).run(wanted, data))
@@ -123,7 +123,7 @@ def test_interrupted_workers_leave_stacks_that_wait_and_go_on_where_they_were(tm
         for advance in Workers(broken, RUNTIME, stack_size=2, stop=lambda: 2 if advances else None).run(wanted, data):
             advances.append(advance)
     assert error.value.exit_code == 130
-    assert not list(broken) and 2 <= len(list(broken.checkpoints())) < 4, "a stack that waits has none, unless it was handed out"
+    assert not list(broken) and 2 <= len(list(broken.checkpoints())) < 8, "a stack that waits has none"
     first = next(Workers(broken, RUNTIME, stack_size=2).run(wanted, data))
     assert first.updates_done > advances[0].updates_done
     list(Workers(broken, RUNTIME, stack_size=2).run(wanted, data))
