@@ -541,7 +541,7 @@ def claim_panels(claims: Sequence[ClaimPanel]) -> Figure:
     figure, axes = drawing.wrapped(len(claims), "", height=2.5)
     for ax, claim in zip(axes, claims, strict=True):
         _draw_sides(ax, claim)
-        ax.set_title(f"{claim.id}: {claim.verdict}", color=VERDICT_COLOURS[claim.verdict])
+        ax.set_title(textwrap.fill(f"{claim.id}: {claim.verdict}", 30), color=VERDICT_COLOURS[claim.verdict])
         ax.set_ylabel(textwrap.fill(claim.measure, 28), fontsize=8.5)
         ax.set_xlabel(claim.axis)
     drawing.title(figure, "What decides the claims")
