@@ -105,8 +105,9 @@ def _examine(name: str, claim: config.Claim, studies: Mapping[str, config.Study]
         return Entry(name, claim, UNDECIDED, note=note)
     sides = _aligned(claim.test, parts)
     contrasts = KINDS[claim.test.kind](claim.test, sides)
-    decision = decide(contrasts, _least_spread(claim.test, sides))
-    effect, note = seed_interval(contrasts.effect), _doubt(parts, decision)
+    least_spread = _least_spread(claim.test, sides)
+    decision = decide(contrasts, least_spread)
+    effect, note = seed_interval(contrasts.effect), _doubt(claim.test, parts, decision, least_spread)
     return Entry(name, claim, decision.side, sides, effect, decision.p, note=note)
 
 
@@ -158,13 +159,18 @@ def _shortage(parts: Sequence[Part]) -> str:
     return f"{there - known} of {wanted} cells have no such value" if known < there else ""
 
 
-def _doubt(parts: Sequence[Part], decision: Decision) -> str:
+def _doubt(test: config.Test, parts: Sequence[Part], decision: Decision, least_spread: float) -> str:
     """Why the claim is undecided whatever its numbers say; empty if nothing keeps it from a verdict."""
     cells = pd.concat([part.rows for part in parts]).drop_duplicates("cell_id")
     unconverged = int(cells["unconverged"].astype(bool).sum())
     if decision.seeds < FEWEST_SEEDS:
         return f"{decision.seeds} seeds, at least {FEWEST_SEEDS} decide"
-    return f"{unconverged} of {len(cells)} cells are unconverged" if unconverged else ""
+    if unconverged:
+        return f"{unconverged} of {len(cells)} cells are unconverged"
+    if test.kind == "count" and decision.side == "supported":
+        agreed = decide(counts(np.zeros((1, decision.seeds)), numbers=[0]), least_spread)
+        return f"counts of {decision.seeds} seeds are no proof: p is {agreed.p:.2g} if all agree" if agreed.p >= LEVEL else ""
+    return ""
 
 
 def _aligned(test: config.Test, parts: Sequence[Part]) -> list[Side]:

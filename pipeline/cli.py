@@ -46,6 +46,14 @@ def main(debug: bool) -> None:
 
 
 @main.command()
+def code() -> None:
+    """Write down what each stage's program is made of, for DVC."""
+    from pipeline.stages import code as stage
+
+    stage.run()
+
+
+@main.command()
 @click.argument("study")
 def prepare(study: str) -> None:
     """Fetch or generate a study's data, verify and split it."""

@@ -214,8 +214,8 @@ class Measured:
 
     @cached_property
     def active(self) -> Bool[Tensor, "stack lane"]:
-        """Latents whose means vary over the test set by more than the threshold."""
-        return self.mean_variance > self.evaluate.active_threshold
+        """Latents that are active on the test set."""
+        return latents.active(self.mean_variance, self.evaluate.active_threshold)
 
     @cached_property
     def nats(self) -> Float[Tensor, " stack"]:

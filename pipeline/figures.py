@@ -63,7 +63,7 @@ def _draw_training(ax: Axes, curves: pd.DataFrame) -> None:
 
 @drawing.house_style
 def likelihood_curves(curves: pd.DataFrame, reached: Sequence[float], published: float) -> Figure:
-    """−ELBO of validation data over updates by seed, −log p(x) of test data that each reached, and what was published."""
+    """−ELBO of validation data over updates by seed, the bound for test data that each reached, and what was published."""
     figure, axes = drawing.panels(1, 1, height=3.4, width=6.6)
     ax = axes[0, 0]
     for _, curve in curves.groupby("seed"):

@@ -24,9 +24,9 @@ def mean_variance(mu: Float[Tensor, "stack row lane"], samples: list[bool]) -> F
     return torch.where(torch.tensor(samples, device=mu.device)[:, None], variance, variance / largest)
 
 
-def active_units(variance: Float[Tensor, "stack lane"], threshold: float = 0.01) -> Int[Tensor, " stack"]:
-    """How many latents' means vary over the data by more than the threshold (Burda, Grosse & Salakhutdinov 2016)."""
-    return (variance > threshold).sum(dim=-1)
+def active(variance: Float[Tensor, "stack lane"], threshold: float = 0.01) -> Bool[Tensor, "stack lane"]:
+    """Latents whose means vary over the data by more than the threshold (Burda, Grosse & Salakhutdinov 2016)."""
+    return variance > threshold
 
 
 class Columns(NamedTuple):

@@ -348,18 +348,19 @@ def _noise_headline(results: StudyResults) -> str:
 def _likelihood_section(results: StudyResults) -> str:
     """How near training came to the log-likelihood that a claim says can be reached."""
     tests = [claim.test for claim in results.study.claims if isinstance(claim.test, config.Bound)]
-    published = [-test.above for test in tests if test.metric == BOUND and test.above is not None]
-    if not published or results.metrics.empty:
+    test = next((test for test in tests if test.metric == BOUND and test.above is not None), None)
+    if test is None or results.metrics.empty:
         return ""
-    curves = results.history.merge(results.manifest[["cell_id", "seed"]], on="cell_id")
-    reached = intervals.seed_interval(-results.metrics.groupby("seed")[BOUND].mean())
+    cells = results.metrics[[config.chooses(test.sides[0], row) for row in results.metrics.to_dict("records")]]
+    curves = results.history.merge(cells[["cell_id", "seed"]], on="cell_id")
+    reached = intervals.seed_interval(-cells.groupby("seed")[BOUND].mean())
     draws = results.study.evaluate.importance_samples
     caption = (
         f"−ELBO of validation images over training, a line for each seed; points: its bound for test images by {draws:,} "
         f"importance samples, {intervals.with_half_width(reached)} nats after {results.study.train.updates:,} updates; dashed: "
         "as published."
     )
-    picture = figures.likelihood_curves(curves, -results.metrics[BOUND], published[0])
+    picture = figures.likelihood_curves(curves, -cells[BOUND], -test.above)
     return md.join("### Towards the published log-likelihood", results.gallery.show("likelihood", picture, caption))
 
 

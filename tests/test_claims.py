@@ -212,6 +212,15 @@ def test_a_ledger_says_what_was_built_into_its_tables(study):
     assert verdicts(study, tables) == EXPECTED
 
 
+@pytest.mark.parametrize(("number", "verdict", "note"), [(2, "undecided", "p is 0.089 if all agree"), (7, "contradicted", "")])
+def test_five_equal_counts_can_contradict_but_not_support(tmp_path, number, verdict, note):
+    lone = "manifold_dim: 2, beta: 1, l2: 0}}"
+    text = STUDY.replace("number: manifold_dim, where: {arm: vae}}", f"number: {number}, where: {{arm: vae, {lone}")
+    study = read(tmp_path, text.replace("seed: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]", "seed: [0, 1, 2, 3, 4]"))
+    entry = next(entry for entry in ledger({"study": study}, {"study": measured(study)}) if entry.claim.id == "units")
+    assert (entry.verdict, entry.effect.seeds) == (verdict, 5) and note in entry.note
+
+
 def test_two_studies_cannot_share_a_claim(study):
     with pytest.raises(config.ConfigError, match="configs/twin.yaml: claims: another study has a claim 'rises' too"):
         ledger({"study": study, "twin": study}, {})

@@ -1,14 +1,16 @@
+import hashlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import grimp
 import pytest
 from click.testing import CliRunner
 from ruamel.yaml import YAML
 
+from pipeline.artifacts import read_json
 from pipeline.cli import main
+from pipeline.stages import code
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,17 +40,31 @@ def test_debug_shows_the_error_itself():
     assert type(result.exception).__name__ == "ConfigError"
 
 
-def test_a_stages_deps_are_what_its_file_imports():
-    """DVC follows no imports, so a dependency that is missing from dvc.yaml would leave a stage stale."""
-    graph = grimp.build_graph("pipeline")
-    for name, stage in YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"].items():
-        imported = graph.find_upstream_modules(f"pipeline.stages.{name}") | {f"pipeline.stages.{name}"}
-        deps = {dep for dep in stage.get("do", stage)["deps"] if dep.endswith(".py")}
-        assert deps == {f"{module.replace('.', '/')}.py" for module in imported}, name
+def stages():
+    return YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
+
+
+def test_every_stage_depends_on_its_own_code():
+    """A stage that does not would stay as it is when its program changes."""
+    for name, stage in stages().items():
+        wanted = ["pipeline"] if name == "code" else [f"code/{name}.json"]
+        assert [dep for dep in stage.get("do", stage)["deps"] if dep.startswith(("code", "pipeline"))] == wanted
+        assert name == "code" or f"code/{name}.json" in stages()["code"]["outs"]
+
+
+def test_code_digests_what_a_stage_imports_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code.run()
+    digests = {name: read_json(Path("code") / f"{name}.json") for name in code.STAGES}
+    metrics = (ROOT / "pipeline" / "metrics.py").read_bytes()
+    assert {name for name in digests if "pipeline.metrics" in digests[name]} == {"evaluate", "prune", "report"}
+    assert digests["evaluate"]["pipeline.metrics"] == hashlib.sha256(metrics).hexdigest()
+    assert "pipeline.mlp" in digests["prepare"], "an import of an import counts too"
+    assert {"pipeline.trainer", "pipeline.stages.train"} <= set(digests["train"]) and "pipeline.figures" not in digests["train"]
 
 
 def test_every_stage_is_one_plain_command():
-    for name, stage in YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"].items():
+    for name, stage in stages().items():
         assert re.fullmatch(rf"vaesweep {name}( \$\{{[a-z.]+\}})?", stage.get("do", stage)["cmd"])
 
 

@@ -15,7 +15,8 @@ from pipeline import tracking
 from pipeline.artifacts import Folders, finished_cells, load_prepared, trained_stacks, write_table
 from pipeline.config import Study, load_settings, load_study
 from pipeline.executors import find_runtime, keep_freed_memory
-from pipeline.latents import ablation_masks, active_units, decoder_columns, elbow, mean_variance
+from pipeline.latents import ablation_masks, active, decoder_columns, elbow, mean_variance
+from pipeline.metrics import squared_error
 from pipeline.model import StackedAutoencoder
 from pipeline.objective import kl_per_latent
 
@@ -54,7 +55,7 @@ def _analyse(keys: list[str], model: StackedAutoencoder, x: Float[Tensor, "row f
     # The scale of a code that no prior holds is arbitrary: columns compare after it is divided out.
     scale = torch.where(torch.tensor(samples, device=x.device)[:, None], 1.0, mu.std(dim=1))
     columns = decoder_columns(model.layers[model.depth + 1].weight.detach(), scale)
-    active = variance > study.evaluate.active_threshold
+    used = active(variance, study.evaluate.active_threshold)
     # Where the arm does not sample, nothing ever trained the variance head, and a KL would mean nothing.
     kl = kl_per_latent(mu, log_variance).mean(dim=1)
     kl[[not sampled for sampled in samples]] = torch.nan
@@ -63,11 +64,11 @@ def _analyse(keys: list[str], model: StackedAutoencoder, x: Float[Tensor, "row f
     for row, (key, cell) in enumerate(zip(keys, model.cells, strict=True)):
         place, dim = {"cell_id": key, **cell.row()}, cell.latent_dim
         for latent in range(dim):
-            values = {name: values[row, latent].item() for name, values in {**measured, "active": active}.items()}
+            values = {name: values[row, latent].item() for name, values in {**measured, "active": used}.items()}
             found["columns"].append({**place, "latent": latent, **values})
         known = [name for name in CRITERIA if name != "kl" or cell.arm.samples]
         elbows = {f"elbow_{name}": elbow(measured[name][row, :dim].cpu().numpy()) for name in known}
-        units = {"active_units": int(active_units(variance[row : row + 1, :dim], study.evaluate.active_threshold))}
+        units = {"active_units": int(used[row, :dim].sum())}
         found["summary"].append({**place, **units, **elbows, "cancelled": int(columns.cancels[row, :dim].sum())})
     for criterion in CRITERIA:
         found["ablation"] += _ablate(keys, model, x, mu, criterion, measured[criterion])
@@ -80,7 +81,7 @@ def _ablate(
     """Reconstruction error at z = μ with the least important dimensions zeroed, 0 to all of them."""
     dims = [cell.latent_dim for cell in model.cells]
     for zeroed, mask in enumerate(ablation_masks(importance, dims)):
-        errors = (model.reconstruct(mu * mask[:, None]) - x).square().mean(dim=(1, 2)).tolist()
+        errors = squared_error(model.reconstruct(mu * mask[:, None]), x).mean(dim=1).tolist()
         for row, error in enumerate(errors):
             if zeroed <= dims[row] and not importance[row].isnan().any():
                 place = {"cell_id": keys[row], **model.cells[row].row()}

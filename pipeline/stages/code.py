@@ -1,0 +1,29 @@
+"""`code`: what each stage's program is made of.
+
+DVC follows no imports, so a stage depends on the digests of all files that its own imports, directly or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import grimp
+
+from pipeline.artifacts import write_json
+
+STAGES = ("prepare", "train", "evaluate", "prune", "search", "report")
+
+
+def run() -> None:
+    """Writes `code/<stage>.json`: the SHA-256 of every module's file, by module."""
+    graph = grimp.build_graph("pipeline", cache_dir=None)
+    for stage in STAGES:
+        own = f"pipeline.stages.{stage}"
+        modules = {own, *graph.find_upstream_modules(own)}
+        write_json(Path("code") / f"{stage}.json", {module: _digest(module) for module in modules})
+
+
+def _digest(module: str) -> str:
+    return hashlib.sha256(Path(find_spec(module).origin).read_bytes()).hexdigest()
