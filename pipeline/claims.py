@@ -208,6 +208,7 @@ def _count(test: config.CountIs, sides: list[Side]) -> Contrasts:
 KINDS: dict[str, Callable[[Any, list[Side]], Contrasts]] = {
     "monotone": lambda test, sides: monotone(_values(sides), down=test.direction == "down"),
     "difference": lambda test, sides: difference(*_values(sides), lower=test.direction == "down"),
+    "interaction": lambda test, sides: interaction(*_values(sides), lower=test.direction == "down"),
     "equal": lambda test, sides: equal(*_values(sides), margin=test.margin),
     "no_better": lambda test, sides: no_better(*_values(sides), margin=test.margin, lower=test.direction == "down"),
     "bound": lambda test, sides: bound(*_values(sides), above=test.above, below=test.below),
@@ -220,6 +221,11 @@ def difference(treatment: Seeds, control: Seeds, *, lower: bool) -> Contrasts:
     """The treatment's metric is lower (else higher) than that of its control, seed by seed."""
     change = treatment - control
     return _all_of([-change if lower else change], change)
+
+
+def interaction(treatment: Seeds, control: Seeds, treatment_base: Seeds, control_base: Seeds, *, lower: bool) -> Contrasts:
+    """The treatment's change from its base is lower (else higher) than the control's from its own, seed by seed."""
+    return difference(treatment - treatment_base, control - control_base, lower=lower)
 
 
 def monotone(levels: Levels, *, down: bool = False) -> Contrasts:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -237,6 +238,11 @@ class Test(Strict):
         return [{"metric": self.metric, **self.where}]
 
     @property
+    def given(self) -> list[dict[str, Choice]]:
+        """What the test says of each side itself."""
+        return [self.where]
+
+    @property
     def varied(self) -> dict[str, int]:
         """The axes that the test goes over, and how many values each must have."""
         return {}
@@ -250,6 +256,10 @@ class Compared(Test):
     @property
     def sides(self) -> list[dict[str, Choice]]:
         return [*super().sides, {**super().sides[0], **self.against}]
+
+    @property
+    def given(self) -> list[dict[str, Choice]]:
+        return [*super().given, self.against]
 
 
 class Monotone(Test):
@@ -269,6 +279,22 @@ class Difference(Compared):
 
     kind: Literal["difference"]
     direction: Direction
+
+
+class Interaction(Compared):
+    """The measure's change from `base` is higher (up) or lower (down) than on the other side, paired by seed."""
+
+    kind: Literal["interaction"]
+    base: dict[str, Choice] = Field(min_length=1, description="what both sides choose instead where their change begins")
+    direction: Direction
+
+    @property
+    def sides(self) -> list[dict[str, Choice]]:
+        return [*super().sides, *({**side, **self.base} for side in super().sides)]
+
+    @property
+    def given(self) -> list[dict[str, Choice]]:
+        return [*super().given, self.base, self.base]
 
 
 class Equal(Compared):
@@ -330,7 +356,9 @@ class Claim(Strict):
     source: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="file and section")
     says: Annotated[str, Field(min_length=1, max_length=500)] = Field(description="the statement, in our words")
     control: bool | None = Field(None, description="whether a claim that checks the ledger itself is known to hold")
-    test: Annotated[Monotone | Difference | Equal | NoBetter | Bound | InteriorOptimum | CountIs, Field(discriminator="kind")]
+    test: Annotated[
+        Monotone | Difference | Interaction | Equal | NoBetter | Bound | InteriorOptimum | CountIs, Field(discriminator="kind")
+    ]
 
 
 class Study(Strict):
@@ -495,10 +523,9 @@ def claims_about(name: str) -> list[tuple[str, dict[str, Choice]]]:
 
 def _check_test(test: Test, name: str, studies: Mapping[str, Study]) -> None:
     """Raises ValueError where a test asks for what its studies do not have."""
-    if len(test.sides) > 1 and test.sides[0] == test.sides[1]:
-        raise ValueError("`against` must choose something else than `where`, but both sides are the same")
-    given = [test.where, test.against if isinstance(test, Compared) else {}]
-    for side, chosen in zip(test.sides, given, strict=False):
+    if any(one == other for one, other in itertools.combinations(test.sides, 2)):
+        raise ValueError("two sides of the test are the same: each must choose something else")
+    for side, chosen in zip(test.sides, test.given, strict=True):
         study = studies[str(side.get("study", name))]
         _check_metrics(choices(side["metric"]), study)
         _check_cells(side, chosen, study)

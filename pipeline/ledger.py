@@ -142,16 +142,22 @@ def study_section(entries: Sequence[Entry], studies: Mapping[str, config.Study],
 
 def _estimand(entry: Entry, studies: Mapping[str, config.Study]) -> str:
     test = entry.claim.test
-    sides = [_side(side) + _averaged(test, side, studies[str(side.get("study", entry.study))]) for side in test.sides]
+    sides = [_side(side) + _averaged(test, side, studies[str(side.get("study", entry.study))]) for side in test.sides[:2]]
     over = "".join(f", over {md.words(axis)}" for axis in test.varied)
+    if isinstance(test, config.Interaction):
+        over = f", each as its change from {_choices(test.base)}"
     rule = ", ".join(f"{key} {md.value(value)}" for key, value in _rule(test))
     return f"`{test.kind}` ({rule}): {' against '.join(sides)}{over}."
 
 
 def _side(side: Mapping[str, Any]) -> str:
     metrics = ", ".join(f"`{metric}`" for metric in config.choices(side["metric"]))
-    chosen = [f"{md.words(key)} {md.values(config.choices(value))}" for key, value in side.items() if key != "metric"]
-    return metrics + (f" of {', '.join(chosen)}" if chosen else "")
+    chosen = _choices({key: value for key, value in side.items() if key != "metric"})
+    return metrics + (f" of {chosen}" if chosen else "")
+
+
+def _choices(side: Mapping[str, Any]) -> str:
+    return ", ".join(f"{md.words(key)} {md.values(config.choices(value))}" for key, value in side.items())
 
 
 def _averaged(test: config.Test, side: Mapping[str, Any], study: config.Study) -> str:
@@ -182,12 +188,12 @@ def _panel(entry: Entry) -> figures.ClaimPanel:
 
 
 def _ticks(entry: Entry) -> list[str]:
-    """What each side is called: what it alone chooses, or its level."""
-    test = entry.claim.test
-    if not isinstance(test, config.Compared):
-        return [side.level for side in entry.sides] if test.varied else [""]
-    chosen = [{key: side.get(key, entry.study) for key in test.against} for side in test.sides]
-    return [", ".join(_tick(key, value) for key, value in of_side.items()) for of_side in chosen]
+    """What each side is called: what not all sides choose, or its level."""
+    if entry.claim.test.varied:
+        return [side.level for side in entry.sides]
+    sides = [{"study": entry.study, **side} for side in entry.claim.test.sides]
+    differ = [key for key in dict.fromkeys(key for side in sides for key in side) if len({side.get(key) for side in sides}) > 1]
+    return [", ".join(_tick(key, side[key]) for key in differ if key in side) for side in sides]
 
 
 def _tick(key: str, choice: Any) -> str:
