@@ -74,6 +74,11 @@ ERRATA = (
         "The bound is said to be maximised by minimising the KL alone, which is what the arm `kl_only` trains.",
     ),
     Erratum(
+        "erratum-002-unclipped",
+        "002, 4.1.4 Robustness, code",
+        "Noisy images as published pass 1, where the cross-entropy has no minimum: longer training on them only runs away.",
+    ),
+    Erratum(
         None,
         "002, code",
         "The autoencoder still samples: it overrides `reparametrize`, but what the base class calls is `reparameterize`.",
@@ -433,3 +438,16 @@ def _kl_alone() -> Outcome:
     evidence, worse = model.log_marginal(x), model.elbo(x, prior)
     errors = prior.kl, model.elbo(x, best) - evidence, evidence - worse - model.gap(x, prior)
     return _outcome(ROUNDING, *errors, provided=(worse < evidence).all() and (prior.kl < best.kl).all())
+
+
+@identity(
+    "erratum-002-unclipped",
+    "002, 4.1.4 Robustness, code",
+    "Against a target y > 1 the cross-entropy falls by y − 1 per unit of the logit, without end; up to y = 1 it stays above 0.",
+)
+def _no_minimum() -> Outcome:
+    logits = torch.tensor([40.0, 80.0, 160.0], dtype=torch.float64)
+    target = torch.tensor([1.0, 1.2, 2.0], dtype=torch.float64)
+    loss = bernoulli_nll(*(values[..., None] for values in torch.broadcast_tensors(logits, target[:, None])))
+    falls = (target[:, None] - 1) * logits.diff()
+    return _outcome(ROUNDING, loss.diff(dim=1) + falls, provided=(loss[0] >= 0).all() and (loss[1:] < 0).all())

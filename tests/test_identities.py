@@ -8,11 +8,12 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from pipeline import identities, objective
 from pipeline.identities import ERRATA, IDENTITIES, Outcome, _normal
 from pipeline.metrics import fit_pca
-from pipeline.objective import gaussian_nll, kl_per_latent
+from pipeline.objective import bernoulli_nll, gaussian_nll, kl_per_latent
 
 IDS = [
     *("000-a-variance", "000-a-error", "000-b", "001-a", "001-b", "001-b-monte-carlo", "003-c", "003-d"),
     *("000-weights", "001-weights", "002-weights", "erratum-003-sign", "erratum-002-eq8", "erratum-001-2.4"),
+    "erratum-002-unclipped",
 ]
 
 
@@ -98,6 +99,7 @@ MISTAKES = {  # for each identity, something that it rests on, and a mistake in 
     "erratum-003-sign": ("_printed_kl", lambda *q: kl_per_latent(*q).sum(dim=-1)),
     "erratum-002-eq8": ("gaussian_nll", lambda mean, target, log_sigma2: 2 * gaussian_nll(mean, target, log_sigma2)),
     "erratum-001-2.4": ("kl_per_latent", kl_off_by_a_half),
+    "erratum-002-unclipped": ("bernoulli_nll", lambda logits, target: bernoulli_nll(logits, target.clamp(max=1))),
 }
 
 
