@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from pipeline.randomness import Stream, normals, permutations, uniforms
 BLOCK = 16  # updates whose random numbers are drawn together; a multiple of 4
 VALIDATION_ROWS = 512
 TRAIN_NOISE_SEED, VALIDATION_NOISE_SEED = 1, 2  # evaluation corrupts test rows with seed 0
-FALLING = 0.01  # share of what training has gained that a tenth of the budget may still add
+FALLING = 0.01  # share of a loss's whole way that a tenth of the budget may still add
 HISTORY = ("train_loss", "train_reconstruction", "train_penalty")
 HISTORY += tuple(name.replace("train", "validation") for name in HISTORY)
 
@@ -320,21 +320,25 @@ class StackTrainer:
             "updates": self.config.updates,
             "evaluated_update": int(self.best_update[row]),
             "validation_loss": _number(best_loss),
-            "unconverged": still_falling(history[:, HISTORY.index("validation_loss")].tolist()),
             "history": {"update": self.points, **curves},
         }
         return Result(record, self.model.cell_state(row) if diverged_at < 0 else None)
 
 
-def still_falling(losses: list[float]) -> bool:
-    """Whether the mean loss over the last tenth lies below that over the tenth before by more than 1% of what training gained.
+def unconverged(record: Mapping[str, Any]) -> bool:
+    """Whether a cell's validation loss was still falling when its budget ended."""
+    return record["status"] == "finished" and still_falling(record["history"]["validation_loss"])
 
-    What it gained is the largest finite loss less that of the last tenth: a density's loss has no natural zero to compare with.
+
+def still_falling(losses: Sequence[float]) -> bool:
+    """Whether the mean loss over the last tenth lies below that over the tenth before by more than 1% of the whole way.
+
+    The way is the sum of all rises and falls: a density's loss has no natural zero, and one that rises on the way, as where
+    training and validation data differ, may end where it began.
     """
     tenth = max(1, len(losses) // 10)
     last, before = (sum(part) / tenth for part in (losses[-tenth:], losses[-2 * tenth : -tenth]))
-    largest = max(filter(math.isfinite, losses), default=math.nan)
-    return before - last > FALLING * (largest - last)
+    return before - last > FALLING * sum(abs(after - loss) for loss, after in itertools.pairwise(losses))
 
 
 def _number(value: float) -> float | None:

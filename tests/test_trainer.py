@@ -11,7 +11,7 @@ from pipeline.executors import _multiplies_bf16
 from pipeline.model import StackedAutoencoder
 from pipeline.objective import gaussian_nll, kl_per_latent
 from pipeline.randomness import Stream, uniforms
-from pipeline.trainer import HISTORY, PLAIN, TRAIN_NOISE_SEED, StackTrainer, Traits, factor, still_falling
+from pipeline.trainer import HISTORY, PLAIN, TRAIN_NOISE_SEED, StackTrainer, Traits, factor, still_falling, unconverged
 
 ARMS = ["vae", "ae", "ae_code_l2", "ae_as_published", "kl_only"]
 
@@ -309,11 +309,17 @@ def test_still_falling_tells_a_slope_from_a_plateau_wherever_zero_lies(zero):
         return still_falling([loss - zero for loss in losses])
 
     assert falls([100.0 - step for step in range(40)])
-    assert falls([math.inf, *(100.0 - step for step in range(39))])
+    assert not falls([60 + 40 * 0.9**step for step in range(40)][::-1] + [99.99 - step / 100 for step in range(20)])
     assert not falls([100 + 20 * 0.7**step for step in range(40)])
     assert not falls([float(step) for step in range(1, 41)])
     assert not falls([5.0] * 40)
     assert not falls([5.0] * 20 + [math.nan] * 20) and not falls([math.nan] * 40)
+
+
+def test_a_diverged_cell_is_not_called_unconverged():
+    falling = {"validation_loss": [9.0, 8.0, None, None]}
+    assert not unconverged({"status": "diverged", "history": falling})
+    assert unconverged({"status": "finished", "history": {"validation_loss": [9.0, 8.0, 7.0, 6.0]}})
 
 
 def test_history_has_the_objectives_terms(make_cell, pixels):

@@ -40,8 +40,8 @@ HOW_TO_READ = (
 )
 WHAT_COUNTS = (
     "A cell is one trained model; parameters are those of a study's largest cell. *Diverged* cells went non-finite and are in "
-    "no table of metrics; of *unconverged* ones the validation loss still fell by more than 1% over the last tenth of the "
-    "budget; *missing* ones are in the grid but not in the tables. They are listed under "
+    "no table of metrics; of *unconverged* ones the validation loss still fell over the last tenth of the budget, by more than "
+    "1% of all its rises and falls; *missing* ones are in the grid but not in the tables. They are listed under "
     "[cells to be wary of](#cells-to-be-wary-of). A learning rate that falls to zero flattens that tenth: then it tells that "
     "the budget is spent, not that more updates would change nothing."
 )

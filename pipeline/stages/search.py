@@ -15,6 +15,7 @@ from pipeline.artifacts import CellStore, Folders, Prepared, load_prepared, main
 from pipeline.config import Search, Study, VaesweepError, load_search, load_settings, load_study
 from pipeline.executors import Advance, find_runtime, local_executor
 from pipeline.grid import ENGINE_VERSION, Cell, Runtime, cell_id
+from pipeline.trainer import unconverged
 
 if TYPE_CHECKING:
     import optuna
@@ -172,7 +173,7 @@ class Trials:
             "distortion": distortion,
             "rate": rate,
             "on_front": trial.number in front,
-            "unconverged": store.record(trial.user_attrs["cell_id"])["unconverged"],
+            "unconverged": unconverged(store.record(trial.user_attrs["cell_id"])),
             "batch": trial.user_attrs["batch"],
         }
 

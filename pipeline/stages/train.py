@@ -14,6 +14,7 @@ from pipeline.artifacts import CellStore, Folders, Prepared, link, load_prepared
 from pipeline.config import Study, load_settings, load_study
 from pipeline.executors import Advance, find_runtime, local_executor
 from pipeline.grid import ENGINE_VERSION, Cell, Runtime, cells, identify, parameter_count
+from pipeline.trainer import unconverged
 
 Show = Callable[[str, Iterable[Advance]], None]
 """Drives training by taking every Advance, and shows it under a name."""
@@ -73,7 +74,7 @@ def _manifest(wanted: Mapping[str, Cell], data: Prepared, store: CellStore) -> I
             column: record[column] for column in ("status", "diverged_at", "updates", "evaluated_update", "validation_loss")
         }
         place = {"dataset": cell.dataset, "data_hash": data.hashes[cell.dataset]}
-        yield {"cell_id": key, **cell.row(), **place, **ended, "unconverged": record["unconverged"]}
+        yield {"cell_id": key, **cell.row(), **place, **ended, "unconverged": unconverged(record)}
 
 
 def _assemble(folder: Path, trained: tracking.Trained, store: CellStore) -> None:
