@@ -109,7 +109,7 @@ def latent_scatter(codes: np.ndarray, labels: np.ndarray | None = None, names: S
 @drawing.house_style
 def latent_spaces(spaces: Sequence[tuple[str, np.ndarray, np.ndarray]], names: Sequence[str]) -> Figure:
     """Spaces of two latents beside each other, coloured by class; a space is its title, codes and labels."""
-    figure, axes = drawing.wrapped(len(spaces), "latent 0", "latent 1", height=2.6)
+    figure, axes = drawing.wrapped(len(spaces), "latent 0", "latent 1", height=3.0)
     for ax, (title, codes, labels) in zip(axes, spaces, strict=True):
         _class_scatter(ax, codes, labels, _class_colours(names), size=2.0)
         ax.set_title(title)
