@@ -77,6 +77,8 @@ class Entry(NamedTuple):
     p: float = math.nan
     corrected: float = math.nan
     note: str = ""
+    floor: float = 0.0
+    """What p would be if all seeds agreed; above 0 where the measure is a count."""
 
 
 def ledger(studies: Mapping[str, config.Study], measured: Mapping[str, Measured]) -> list[Entry]:
@@ -107,15 +109,16 @@ def _examine(name: str, claim: config.Claim, studies: Mapping[str, config.Study]
     contrasts = KINDS[claim.test.kind](claim.test, sides)
     least_spread = _least_spread(claim.test, sides)
     decision = decide(contrasts, least_spread)
-    effect, note = seed_interval(contrasts.effect), _doubt(claim.test, parts, decision, least_spread)
-    return Entry(name, claim, decision.side, sides, effect, decision.p, note=note)
+    effect, note = seed_interval(contrasts.effect), _doubt(parts, decision)
+    return Entry(name, claim, decision.side, sides, effect, decision.p, note=note, floor=_floor(contrasts, least_spread))
 
 
 def _with_verdict(entry: Entry, corrected: float) -> Entry:
     if entry.verdict == NOT_RUN:
         return entry
     decided = not entry.note and corrected < LEVEL
-    return entry._replace(corrected=corrected, verdict=entry.verdict if decided else UNDECIDED)
+    note = entry.note or (f"p were {entry.floor:.2g} if all seeds agreed" if entry.floor and not decided else "")
+    return entry._replace(corrected=corrected, verdict=entry.verdict if decided else UNDECIDED, note=note)
 
 
 class Part:
@@ -159,38 +162,51 @@ def _shortage(parts: Sequence[Part]) -> str:
     return f"{there - known} of {wanted} cells have no such value" if known < there else ""
 
 
-def _doubt(test: config.Test, parts: Sequence[Part], decision: Decision, least_spread: float) -> str:
+def _doubt(parts: Sequence[Part], decision: Decision) -> str:
     """Why the claim is undecided whatever its numbers say; empty if nothing keeps it from a verdict."""
     cells = pd.concat([part.rows for part in parts]).drop_duplicates("cell_id")
     unconverged = int(cells["unconverged"].astype(bool).sum())
     if decision.seeds < FEWEST_SEEDS:
         return f"{decision.seeds} seeds, at least {FEWEST_SEEDS} decide"
-    if unconverged:
-        return f"{unconverged} of {len(cells)} cells are unconverged"
-    if test.kind == "count" and decision.side == "supported":
-        agreed = decide(counts(np.zeros((1, decision.seeds)), numbers=[0]), least_spread)
-        return f"counts of {decision.seeds} seeds are no proof: p is {agreed.p:.2g} if all agree" if agreed.p >= LEVEL else ""
-    return ""
+    return f"{unconverged} of {len(cells)} cells are unconverged" if unconverged else ""
+
+
+def _floor(contrasts: Contrasts, least_spread: float) -> float:
+    """p if every seed had the mean of all."""
+    if not least_spread:
+        return 0.0
+    says, opposite = (
+        [[np.full_like(part, part.mean()) for part in parts] for parts in side] for side in (contrasts.says, contrasts.opposite)
+    )
+    return decide(contrasts._replace(says=says, opposite=opposite), least_spread).p
 
 
 def _aligned(test: config.Test, parts: Sequence[Part]) -> list[Side]:
-    """The sides, or the levels that the test goes over, with the seeds that all of them have."""
+    """The sides, their changes, or the levels that the test goes over, with the seeds that all of them have."""
     sides = [part.side() for part in parts]
     for over in test.varied:
         levels = sorted({float(cell[over]) for cell in parts[0].wanted})
         sides = [parts[0].side(over, level) for level in levels]
     together = pd.concat([side.by_seed for side in sides], axis=1, join="inner")
-    return [side._replace(by_seed=together.iloc[:, number]) for number, side in enumerate(sides)]
+    sides = [side._replace(by_seed=together.iloc[:, number]) for number, side in enumerate(sides)]
+    return _changes(sides) if isinstance(test, config.Interaction) else sides
+
+
+def _changes(sides: list[Side]) -> list[Side]:
+    """Each side's change from its base, which stands as far behind it."""
+    changed, bases = sides[: len(sides) // 2], sides[len(sides) // 2 :]
+    return [side._replace(by_seed=side.by_seed - base.by_seed) for side, base in zip(changed, bases, strict=True)]
 
 
 def _least_spread(test: config.Test, sides: list[Side]) -> float:
     """The standard deviation below which equal values say no more: half a step of what can only be counted.
 
     A count that is one of two neighbours has at most this one, and five equal ones are no proof that the other cannot come. A
-    mean of several counts spreads less.
+    mean of several counts spreads less, and a difference of several more.
     """
     averaged = min(side.averaged for side in sides) * (len(sides) if test.kind == "count" else 1)
-    return max(find(metric).step for metric in config.choices(test.metric)) / 2 / math.sqrt(averaged)
+    compared = len(test.sides) / averaged
+    return max(find(metric).step for metric in config.choices(test.metric)) / 2 * math.sqrt(compared)
 
 
 # Kinds of tests
@@ -208,7 +224,7 @@ def _count(test: config.CountIs, sides: list[Side]) -> Contrasts:
 KINDS: dict[str, Callable[[Any, list[Side]], Contrasts]] = {
     "monotone": lambda test, sides: monotone(_values(sides), down=test.direction == "down"),
     "difference": lambda test, sides: difference(*_values(sides), lower=test.direction == "down"),
-    "interaction": lambda test, sides: interaction(*_values(sides), lower=test.direction == "down"),
+    "interaction": lambda test, sides: difference(*_values(sides), lower=test.direction == "down"),
     "equal": lambda test, sides: equal(*_values(sides), margin=test.margin),
     "no_better": lambda test, sides: no_better(*_values(sides), margin=test.margin, lower=test.direction == "down"),
     "bound": lambda test, sides: bound(*_values(sides), above=test.above, below=test.below),
@@ -221,11 +237,6 @@ def difference(treatment: Seeds, control: Seeds, *, lower: bool) -> Contrasts:
     """The treatment's metric is lower (else higher) than that of its control, seed by seed."""
     change = treatment - control
     return _all_of([-change if lower else change], change)
-
-
-def interaction(treatment: Seeds, control: Seeds, treatment_base: Seeds, control_base: Seeds, *, lower: bool) -> Contrasts:
-    """The treatment's change from its base is lower (else higher) than the control's from its own, seed by seed."""
-    return difference(treatment - treatment_base, control - control_base, lower=lower)
 
 
 def monotone(levels: Levels, *, down: bool = False) -> Contrasts:

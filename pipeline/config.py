@@ -523,14 +523,20 @@ def claims_about(name: str) -> list[tuple[str, dict[str, Choice]]]:
 
 def _check_test(test: Test, name: str, studies: Mapping[str, Study]) -> None:
     """Raises ValueError where a test asks for what its studies do not have."""
-    if any(one == other for one, other in itertools.combinations(test.sides, 2)):
-        raise ValueError("two sides of the test are the same: each must choose something else")
     for side, chosen in zip(test.sides, test.given, strict=True):
         study = studies[str(side.get("study", name))]
         _check_metrics(choices(side["metric"]), study)
         _check_cells(side, chosen, study)
         for axis, least in test.varied.items():
             _check_levels(axis, least, test, side, study)
+    for one, other in itertools.combinations(test.sides, 2):
+        if _overlap({"study": name, **one}, {"study": name, **other}):
+            raise ValueError("`against` and `base` must choose other cells than `where`, but two sides share some")
+
+
+def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether no axis that both name, nor the metric, tells the cells of two sides apart."""
+    return all(set(map(_exact, choices(one[key]))) & set(map(_exact, choices(other[key]))) for key in one if key in other)
 
 
 def _check_metrics(metrics: tuple, study: Study) -> None:

@@ -443,11 +443,16 @@ def _kl_alone() -> Outcome:
 @identity(
     "erratum-002-unclipped",
     "002, 4.1.4 Robustness, code",
-    "Against a target y > 1 the cross-entropy falls by y − 1 per unit of the logit, without end; up to y = 1 it stays above 0.",
+    "Against a target y > 1 the cross-entropy falls by y − 1 per unit of a large logit, without end; up to y = 1 it is > 0.",
 )
 def _no_minimum() -> Outcome:
     logits = torch.tensor([40.0, 80.0, 160.0], dtype=torch.float64)
-    target = torch.tensor([1.0, 1.2, 2.0], dtype=torch.float64)
-    loss = bernoulli_nll(*(values[..., None] for values in torch.broadcast_tensors(logits, target[:, None])))
-    falls = (target[:, None] - 1) * logits.diff()
-    return _outcome(ROUNDING, loss.diff(dim=1) + falls, provided=(loss[0] >= 0).all() and (loss[1:] < 0).all())
+    large = _cross_entropy(logits, torch.tensor([1.2, 2.0], dtype=torch.float64))
+    falls = torch.tensor([0.2, 1.0], dtype=torch.float64)[:, None] * logits.diff()
+    moderate = torch.linspace(-20, 20, 41, dtype=torch.float64)
+    within = _cross_entropy(moderate, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
+    return _outcome(ROUNDING, large.diff(dim=1) + falls, provided=(within > 0).all() and (large < 0).all())
+
+
+def _cross_entropy(logits: Float[Tensor, " logit"], target: Float[Tensor, " target"]) -> Float[Tensor, "target logit"]:
+    return bernoulli_nll(*(values[..., None] for values in torch.broadcast_tensors(logits, target[:, None])))

@@ -24,7 +24,7 @@ def mean_variance(mu: Float[Tensor, "stack row lane"], samples: list[bool]) -> F
     return torch.where(torch.tensor(samples, device=mu.device)[:, None], variance, variance / largest)
 
 
-def active(variance: Float[Tensor, "stack lane"], threshold: float = 0.01) -> Bool[Tensor, "stack lane"]:
+def active(variance: Float[Tensor, "stack lane"], threshold: float) -> Bool[Tensor, "stack lane"]:
     """Latents whose means vary over the data by more than the threshold (Burda, Grosse & Salakhutdinov 2016)."""
     return variance > threshold
 

@@ -28,9 +28,10 @@ HOW_IT_IS_DECIDED = (
     "and two sides are paired by seed. p is two-sided, from Student's t over seeds; a claim of several parts has the p of its "
     "weakest part (an intersection-union test), which may be larger than its interval suggests. *Holm* is p corrected over all "
     "claims that ran: below 0.05 a claim is **supported** or **contradicted**, else *undecided*, and so is one with fewer than "
-    f"{claims.FEWEST_SEEDS} seeds or with a cell that has not converged. The effect is the difference of the two sides, the "
-    "last level of an axis minus the first, or the measure itself where it is held against a number. The last column is a "
-    "filter for MLflow's search box that shows the claim's runs."
+    f"{claims.FEWEST_SEEDS} seeds or with a cell that has not converged. Claims that are added therefore raise the *Holm* of "
+    "all others. A count is taken to spread by half a step at least. The effect is the difference of the two sides, or of "
+    "their changes; the last level of an axis minus the first; how far a count is off its number; or the measure itself where "
+    "it is held against bounds. The last column is a filter for MLflow's search box that shows the claim's runs."
 )
 TINY = 1e-16
 ROUNDING = 1e-4
@@ -94,7 +95,10 @@ def _controls(entries: Sequence[Entry]) -> str:
         return ""
     wanted = {True: "supported", False: "contradicted"}
     wrong = [entry.claim.id for entry in controls if entry.verdict not in (wanted[entry.claim.control], claims.NOT_RUN)]
-    found = f"**Not as they must: {', '.join(wrong)}.**" if wrong else "They come out as they must."
+    ran = all(entry.verdict != claims.NOT_RUN for entry in controls)
+    found = "They come out as they must." if ran else "Not all of them ran."
+    if wrong:
+        found = f"**Not as they must: {', '.join(wrong)}.**"
     return md.join(f"### {CONTROLS}", f"Claims whose truth is known check the ledger itself. {found}", _table(controls))
 
 
@@ -103,7 +107,7 @@ def identities_section(gallery: Gallery) -> str:
     outcomes = {identity.id: identity.check() for identity in identities.IDENTITIES.values()}
     rows = [_identity_row(identity, outcomes[identity.id]) for identity in identities.IDENTITIES.values()]
     intro = "These need no sweep: they are computed whenever the report is written, and the tests assert them."
-    errata = md.bullets(f"{md.escape(source)}: {md.escape(says)}" for _, source, says in identities.ERRATA)
+    errata = md.bullets(f"{source}: {says}" for _, source, says in identities.ERRATA)
     header = ["identity", "source", "it says", "found", "deviation", "tolerance"]
     shares = {id: 0.0 if _is_rounding(outcome) else outcome.deviation / outcome.tolerance for id, outcome in outcomes.items()}
     caption = "How far the two sides of each identity lie apart, as a share of what is tolerated; rounding is drawn at 0."
@@ -142,7 +146,8 @@ def study_section(entries: Sequence[Entry], studies: Mapping[str, config.Study],
 
 def _estimand(entry: Entry, studies: Mapping[str, config.Study]) -> str:
     test = entry.claim.test
-    sides = [_side(side) + _averaged(test, side, studies[str(side.get("study", entry.study))]) for side in test.sides[:2]]
+    shown = test.sides[:2]  # an interaction's others are the bases of these
+    sides = [_side(side) + _averaged(test, side, studies[str(side.get("study", entry.study))]) for side in shown]
     over = "".join(f", over {md.words(axis)}" for axis in test.varied)
     if isinstance(test, config.Interaction):
         over = f", each as its change from {_choices(test.base)}"
@@ -183,6 +188,7 @@ def _panel(entry: Entry) -> figures.ClaimPanel:
     values = np.stack([side.by_seed.to_numpy(dtype=float) for side in entry.sides])
     limits = [value for key, value in _rule(test) if key in ("above", "below", "number") and not isinstance(value, str)]
     label = measures.find(metrics[0]).label if len(metrics) == 1 else f"mean of {', '.join(metrics)}"
+    label = f"change of {label}" if isinstance(test, config.Interaction) else label
     axis = "".join(md.words(axis) for axis in test.varied)
     return figures.ClaimPanel(entry.claim.id, entry.verdict, label, axis, _ticks(entry), values, limits)
 
@@ -191,9 +197,11 @@ def _ticks(entry: Entry) -> list[str]:
     """What each side is called: what not all sides choose, or its level."""
     if entry.claim.test.varied:
         return [side.level for side in entry.sides]
-    sides = [{"study": entry.study, **side} for side in entry.claim.test.sides]
+    sides = [{"study": entry.study, **side} for side in entry.claim.test.sides[: len(entry.sides)]]
+    if len(sides) == 1:
+        return [""]
     differ = [key for key in dict.fromkeys(key for side in sides for key in side) if len({side.get(key) for side in sides}) > 1]
-    return [", ".join(_tick(key, side[key]) for key in differ if key in side) for side in sides]
+    return [", ".join(_tick(key, side[key]) for key in differ if key in side) or "all" for side in sides]
 
 
 def _tick(key: str, choice: Any) -> str:

@@ -196,7 +196,8 @@ def _rate_figure(results: StudyResults, summary: pd.DataFrame, front: SearchResu
         caption = "Squared error per dimension and KL over β and λ, means over seeds; the column AE is the plain AE."
         return results.gallery.show("beta-lambda", picture, caption)
     trials = None
-    caption = "KL against reconstruction on the test set, with 95% intervals over seeds; the level line is the plain AE."
+    caption = "KL against reconstruction on the test set, with 95% intervals over seeds"
+    caption += "; the level line is the plain AE." if intervals.CONTROL in set(summary["arm"]) else "."
     if front is not None and front.search.latent_dim in set(summary["latent_dim"]):
         trials = front.trials.dropna(subset=["rate", "distortion"]).assign(latent_dim=front.search.latent_dim)
         caption += (

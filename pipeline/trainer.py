@@ -333,12 +333,14 @@ def unconverged(record: Mapping[str, Any]) -> bool:
 def still_falling(losses: Sequence[float]) -> bool:
     """Whether the mean loss over the last tenth lies below that over the tenth before by more than 1% of the whole way.
 
-    The way is the sum of all rises and falls: a density's loss has no natural zero, and one that rises on the way, as where
-    training and validation data differ, may end where it began.
+    The way is the sum of all rises and falls of the tenths' means: a density's loss has no natural zero, and one that rises on
+    the way, as where training and validation data differ, may end where it began. It tells that a budget was cut short, not
+    that more updates would change nothing: a learning rate that falls to zero flattens its end.
     """
     tenth = max(1, len(losses) // 10)
-    last, before = (sum(part) / tenth for part in (losses[-tenth:], losses[-2 * tenth : -tenth]))
-    return before - last > FALLING * sum(abs(after - loss) for loss, after in itertools.pairwise(losses))
+    means = [sum(losses[start : start + tenth]) / tenth for start in range(len(losses) % tenth, len(losses), tenth)]
+    steps = [after - mean for mean, after in itertools.pairwise(means)]
+    return -steps[-1] > FALLING * sum(map(abs, steps))
 
 
 def _number(value: float) -> float | None:

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -316,10 +317,21 @@ def test_still_falling_tells_a_slope_from_a_plateau_wherever_zero_lies(zero):
     assert not falls([5.0] * 20 + [math.nan] * 20) and not falls([math.nan] * 40)
 
 
+@pytest.mark.parametrize(("last", "falling"), [(0.9, False), (1.1, True)])
+def test_still_falling_draws_the_line_at_one_in_a_hundred_and_sees_through_noise(last, falling):
+    tenths = [100.0, 50.0, 20.0, 8.0, 4.0, 2.0, 1.5, 1.2, 1.0, 1.0 - last]
+    noise = np.random.default_rng(0).permutation(np.tile([0.4, -0.4], 200)).reshape(10, 40)
+    noise -= noise.mean(axis=1, keepdims=True)
+    assert still_falling((np.repeat(tenths, 40) + noise.ravel()).tolist()) == falling
+
+
 def test_a_diverged_cell_is_not_called_unconverged():
     falling = {"validation_loss": [9.0, 8.0, None, None]}
     assert not unconverged({"status": "diverged", "history": falling})
     assert unconverged({"status": "finished", "history": {"validation_loss": [9.0, 8.0, 7.0, 6.0]}})
+    assert not unconverged(
+        {"status": "finished", "history": {"validation_loss": [9.0] * 20}, "unconverged": True}
+    )  # an old cell
 
 
 def test_history_has_the_objectives_terms(make_cell, pixels):

@@ -1,6 +1,7 @@
 """`code`: what each stage's program is made of.
 
-DVC follows no imports, so a stage depends on the digests of all files that its own imports, directly or not.
+DVC follows no imports, so a stage depends on the digests of all files that its own imports, directly or not, and of the
+packages that these lie in.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def run() -> None:
     for stage in STAGES:
         own = f"pipeline.stages.{stage}"
         modules = {own, *graph.find_upstream_modules(own)}
-        write_json(Path("code") / f"{stage}.json", {module: _digest(module) for module in modules})
+        packages = {".".join(parts[:n]) for parts in (module.split(".") for module in modules) for n in range(1, len(parts))}
+        write_json(Path("code") / f"{stage}.json", {module: _digest(module) for module in modules | packages})
 
 
 def _digest(module: str) -> str:

@@ -53,9 +53,9 @@ def run() -> None:
     folder = Path(settings.reports)
     studies = [results.load_study(name, folder) for name in settings.studies]
     searches = [results.load_search(name, folder) for name in settings.searches]
-    shutil.rmtree(folder / "figures", ignore_errors=True)  # or a removed study's pictures would stay
     known = {name: config.load_study(name) for name in settings.known_studies}
     entries = claims.ledger(known, {of_study.name: of_study.measured for of_study in studies if len(of_study.metrics)})
+    shutil.rmtree(folder / "figures", ignore_errors=True)  # or a removed study's pictures would stay
     gallery = Gallery(folder, "all")
     parts = [
         _head(studies, searches, ledger.section(entries, _ledger_figure(entries, gallery)) if entries else ""),
@@ -77,7 +77,9 @@ def _ledger_figure(entries: Sequence[claims.Entry], gallery: Gallery) -> str:
         return ""
     columns = ["id", "source", "verdict", "effect", "low", "high"]
     rows = [[e.claim.id, e.claim.source.split(",")[0], e.verdict, *e.effect[:3]] for e in decided]
-    caption = "All effects with their 95% intervals, each scaled by its own largest bound; blue supported, red contradicted."
+    caption = (
+        "All effects with their 95% intervals, each scaled by its interval's far end; blue supported, orange contradicted."
+    )
     return gallery.show("ledger", figures.ledger(pd.DataFrame(rows, columns=columns)), caption)
 
 
