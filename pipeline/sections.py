@@ -361,7 +361,7 @@ def _likelihood_section(results: StudyResults) -> str:
         f"importance samples, {intervals.with_half_width(reached)} nats after {results.study.train.updates:,} updates; dashed: "
         "as published."
     )
-    picture = figures.likelihood_curves(curves, -cells[BOUND], -test.above)
+    picture = figures.likelihood_curves(curves, (-cells[BOUND]).tolist(), -test.above)
     return md.join("### Towards the published log-likelihood", results.gallery.show("likelihood", picture, caption))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from pipeline import artifacts, config, drawing, grid, intervals
+from pipeline import artifacts, config, drawing, figures, grid, intervals
 from pipeline.stages import report
 
 UNIFORM = """
@@ -323,6 +323,34 @@ def test_the_report_opens_with_the_ledger(here: Path):
         _edit("uniform2d", table, lambda rows: rows.assign(unconverged=False))
     report.run()
     assert "They come out as they must." in _text() and "**supported**" in _text()
+
+
+def test_an_interaction_is_told_as_a_change(here: Path):
+    workspace(here, uniform2d=UNIFORM)
+    report.run()
+    assert "of arm ae, λ 0.25 (averaged over latents 1, 2), each as its change from λ 0." in _text()
+
+
+def test_the_likelihood_is_that_of_the_claims_own_cells(here: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn, draw = [], figures.likelihood_curves
+    monkeypatch.setattr(figures, "likelihood_curves", lambda *data: drawn.append(data) or draw(*data))
+    workspace(here, uniform2d=UNIFORM)
+    report.run()
+    ((curves, reached, published),) = drawn
+    assert (len(reached), curves["cell_id"].nunique(), published) == (5, 5, 1.5)
+    assert "### Towards the published log-likelihood" in _text()
+
+
+def test_a_claim_that_cannot_be_read_leaves_the_old_report(here: Path):
+    workspace(here, uniform2d=UNIFORM)
+    report.run()
+    before = {path: path.read_bytes() for path in (here / "reports").rglob("*.*")}
+    (here / "configs" / "twin.yaml").write_text(UNIFORM)
+    with (here / "params.yaml").open("a") as file:
+        file.write("scales: {full: {studies: [twin]}}\n")
+    with pytest.raises(config.ConfigError, match="another study has a claim"):
+        report.run()
+    assert before == {path: path.read_bytes() for path in (here / "reports").rglob("*.*")}
 
 
 def test_a_claim_of_a_study_that_does_not_run_is_listed(here: Path):
