@@ -117,7 +117,7 @@ def _with_verdict(entry: Entry, corrected: float) -> Entry:
     if entry.verdict == NOT_RUN:
         return entry
     decided = not entry.note and corrected < LEVEL
-    note = entry.note or (f"p were {entry.floor:.2g} if all seeds agreed" if entry.floor and not decided else "")
+    note = entry.note or (f"if all seeds agreed, p would still be {entry.floor:.2g}" if entry.floor and not decided else "")
     return entry._replace(corrected=corrected, verdict=entry.verdict if decided else UNDECIDED, note=note)
 
 

@@ -224,7 +224,7 @@ def test_a_ledger_says_what_was_built_into_its_tables(study):
 
 
 @pytest.mark.parametrize(
-    ("number", "verdict", "note"), [(2, "undecided", "p were 0.089 if all seeds agreed"), (7, "contradicted", "")]
+    ("number", "verdict", "note"), [(2, "undecided", "if all seeds agreed, p would still be 0.089"), (7, "contradicted", "")]
 )
 def test_five_equal_counts_can_contradict_but_not_support(tmp_path, number, verdict, note):
     lone = "manifold_dim: 2, beta: 1, l2: 0}}"
