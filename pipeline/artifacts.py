@@ -13,14 +13,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from pipeline.config import ConfigError, Data, Study, VaesweepError
@@ -29,6 +29,7 @@ from pipeline.grid import Cell, Runtime, balanced, cells, data_points, identify
 from pipeline.model import StackedAutoencoder
 
 FORMAT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 class ArtifactError(VaesweepError):
@@ -102,9 +103,9 @@ def read_table(path: Path) -> pd.DataFrame:
         raise ArtifactError(f"{path}: cannot be read: {error}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes named tensors as safetensors."""
-    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes named tensors as safetensors, with words about them in its header."""
+    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -113,6 +114,15 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         return load_file(path, device=device)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: is missing; run the stage that writes it, or `dvc repro`") from None
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The words in the header of a file that `write_tensors` wrote. Raises ArtifactError."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path}: cannot be read: {error}") from error
 
@@ -144,6 +154,22 @@ class Folders:
         self.rate_distortion = Path("runs") / name / "rate_distortion.csv"
         self.prune = Path("runs") / name / "prune"
         self.search = Path("runs") / name / "search"
+
+
+class Progress(NamedTuple):
+    """How far a cell's training has come, and the checkpoint and its row that hold the cell's state."""
+
+    update: int
+    path: Path
+    row: int
+
+
+def _read_row(place: Progress, device: str) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(place.path, "pt", device=device) as file:
+            return {name: file.get_slice(name)[place.row : place.row + 1] for name in file.keys()}  # noqa: SIM118, not iterable
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{place.path}: cannot be read: {error}") from error
 
 
 class CellStore:
@@ -183,32 +209,42 @@ class CellStore:
     def remove(self, cell_id: str) -> None:
         shutil.rmtree(self.root / "cells" / cell_id, ignore_errors=True)
 
-    def save_checkpoint(self, cell_ids: list[str], state: Mapping[str, torch.Tensor]) -> None:
-        """Keeps the state of a stack in training, over the one before."""
-        path = self._checkpoint(cell_ids)
-        write_tensors(path.with_suffix(".safetensors"), state)
-        write_json(path.with_suffix(".json"), {"cell_ids": cell_ids})
+    def save_checkpoint(self, cell_ids: Sequence[str], state: Mapping[str, torch.Tensor], update: int) -> None:
+        """Keeps the state of a stack in training, one row a cell, over the one before."""
+        name = hashlib.sha256(" ".join(cell_ids).encode()).hexdigest()[:16]
+        about = {"format": str(CHECKPOINT_VERSION), "cell_ids": json.dumps(cell_ids), "update": str(update)}
+        write_tensors(self.root / "checkpoints" / f"{name}.safetensors", state, about)
 
-    def checkpoints(self) -> Iterator[list[str]]:
-        """The cells of each stack that has a checkpoint."""
-        for path in sorted((self.root / "checkpoints").glob("*.json")):
+    def progress(self) -> dict[str, Progress]:
+        """Where the state of each cell in training lies: of several checkpoints, in the furthest one."""
+        found: dict[str, Progress] = {}
+        for path in sorted((self.root / "checkpoints").glob("*.safetensors")):
             with contextlib.suppress(ArtifactError):
-                yield read_json(path)["cell_ids"]
+                about = read_metadata(path)
+                if about.get("format") == str(CHECKPOINT_VERSION):
+                    here = int(about["update"])
+                    rows = {key: Progress(here, path, row) for row, key in enumerate(json.loads(about["cell_ids"]))}
+                    found |= {key: place for key, place in rows.items() if key not in found or found[key].update < here}
+        return found
 
-    def load_checkpoint(self, cell_ids: list[str], device: str = "cpu") -> dict[str, torch.Tensor] | None:
-        path = self._checkpoint(cell_ids).with_suffix(".safetensors")
-        return read_tensors(path, device) if path.is_file() else None
+    def load_rows(self, places: Sequence[Progress], device: str = "cpu") -> dict[str, torch.Tensor]:
+        """The state of a stack whose rows may lie in several checkpoints, all at one update. Raises ArtifactError."""
+        rows = [_read_row(place, device) for place in places]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
-    def remove_checkpoint(self, cell_ids: list[str]) -> None:
-        for suffix in (".json", ".safetensors"):
-            self._checkpoint(cell_ids).with_suffix(suffix).unlink(missing_ok=True)
-
-    def _checkpoint(self, cell_ids: list[str]) -> Path:
-        return self.root / "checkpoints" / hashlib.sha256(" ".join(cell_ids).encode()).hexdigest()[:16]
+    def release(self, ended: Container[str] = ()) -> None:
+        """Removes the checkpoints that hold no cell's furthest state, but of cells that the store has or that have `ended`."""
+        known = list((self.root / "checkpoints").glob("*.safetensors"))  # not those that others write from now on
+        needed = {place.path for key, place in self.progress().items() if key not in self and key not in ended}
+        for path in set(known) - needed:
+            path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def lock(self, purpose: str) -> Iterator[None]:
-        """Holds the store for one writer. Raises ArtifactError, naming the holder, while another process has it."""
+    def lock(self, purpose: str, shared: bool = False) -> Iterator[None]:
+        """Holds the store for one writer, or for one of several that may write the same bytes to the same place.
+
+        Raises ArtifactError, naming the holder, while another process has it.
+        """
         path = self.root / "lock"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -217,7 +253,7 @@ class CellStore:
             raise ArtifactError(f"{path}: cannot be written: {error.strerror or error}") from error
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
                 raise ArtifactError(f"{path}: is held by {file.read().strip() or 'another process'}; wait for it") from None
@@ -225,7 +261,8 @@ class CellStore:
             file.write(f"process {os.getpid()} ({purpose})")
             file.flush()
             yield
-            file.truncate(0)
+            if not shared:
+                file.truncate(0)
 
 
 @dataclass(frozen=True)

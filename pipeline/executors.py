@@ -56,7 +56,7 @@ class Interrupted(VaesweepError):
 class Executor(Protocol):
     """Trains cells and keeps them in the cell store; a generator, so that whoever drives it can show how far it is."""
 
-    def run(self, wanted: Mapping[str, Cell], data: Prepared) -> Iterator[Advance]: ...
+    def run(self, wanted: Mapping[str, Cell], data: Prepared, until: int | None = None) -> Iterator[Advance]: ...
 
 
 def find_runtime(settings: Settings) -> Runtime:
@@ -146,10 +146,10 @@ class StackTraining:
         self.settings = runtime.device, runtime.precision, traits
         self.stop, self.checkpoint_seconds, self.stopped = stop, checkpoint_seconds, False
 
-    def run(self, keys: list[str], cells: Mapping[str, Cell]) -> Iterator[int]:
+    def run(self, keys: list[str], cells: Mapping[str, Cell], until: int | None) -> Iterator[int]:
         """Yields the update reached. A stack that does not fit into memory is halved. `stopped` says that it ended early."""
         try:
-            yield from self._whole(keys, cells)
+            yield from self._whole(keys, cells, until)
             return
         except RuntimeError as error:
             if not _out_of_memory(error):
@@ -160,31 +160,33 @@ class StackTraining:
             raise VaesweepError("one cell alone does not fit into the device's memory")
         for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
             if not self.stopped:
-                yield from self.run(half, cells)
+                yield from self.run(half, cells, until)
 
-    def _whole(self, keys: list[str], cells: Mapping[str, Cell]) -> Iterator[int]:
+    def _whole(self, keys: list[str], cells: Mapping[str, Cell], until: int | None) -> Iterator[int]:
         trainer = StackTrainer([cells[key] for key in keys], *self.data, *self.settings)
-        if state := self._checkpoint(keys):
-            trainer.restore(state)
+        self._restore(trainer, keys)
         saved = time.monotonic()
-        for update in trainer.run():
+        for update in trainer.run(until):
             self.stopped = self.stop()
             if self.stopped or time.monotonic() - saved > self.checkpoint_seconds:
-                self.store.save_checkpoint(keys, trainer.state())
+                self.store.save_checkpoint(keys, trainer.state(), update)
                 saved = time.monotonic()
             if self.stopped:
                 return
             yield update
+        if trainer.update < trainer.config.updates:
+            self.store.save_checkpoint(keys, trainer.state(), trainer.update)
+            return
         for key, result in zip(keys, trainer.finish(), strict=True):
             self.store.save(key, result.record, result.weights)
-        self.store.remove_checkpoint(keys)
 
-    def _checkpoint(self, keys: list[str]) -> dict[str, Tensor] | None:
-        """The stack's checkpoint, or None where there is none that can be read: training then starts anew."""
-        try:
-            return self.store.load_checkpoint(keys, self.runtime.device)
-        except ArtifactError:
-            return None
+    def _restore(self, trainer: StackTrainer, keys: list[str]) -> None:
+        """Goes on where the cells were, if they all were at one update; what cannot be read is trained anew."""
+        progress = self.store.progress()
+        places = [progress[key] for key in keys if key in progress]
+        if len(places) == len(keys) and len({place.update for place in places}) == 1:
+            with contextlib.suppress(ArtifactError):
+                trainer.restore(self.store.load_rows(places, self.runtime.device), places[0].update)
 
 
 class _LocalExecutor(ABC):
@@ -203,51 +205,60 @@ class _LocalExecutor(ABC):
         self.stop, self.checkpoint_seconds = stop, checkpoint_seconds
         self.signal_number: int | None = None
 
-    def run(self, wanted: Mapping[str, Cell], data: Prepared) -> Iterator[Advance]:
-        """Trains those wanted cells that the store lacks. Raises Interrupted after checkpoints."""
+    def run(self, wanted: Mapping[str, Cell], data: Prepared, until: int | None = None) -> Iterator[Advance]:
+        """Trains those wanted cells that the store lacks, to their end or to the update `until`, where a checkpoint has them.
+
+        `until` is one of `history_updates`. Cells of several stacks go on together from where they are. Raises Interrupted
+        after checkpoints.
+        """
+        reached_by = {key: place.update for key, place in self.store.progress().items()}
         missing = {key: cell for key, cell in wanted.items() if key not in self.store}
+        if until is not None:
+            missing = {key: cell for key, cell in missing.items() if reached_by.get(key, 0) < until}
         _check(missing, data)
-        groups = self._stacks(missing, data.features)
-        budgets = [missing[keys[0]].train.updates for keys in groups]
+        groups = self._stacks(missing, reached_by, data.features)
+        budgets = [until or missing[keys[0]].train.updates for keys in groups]
         reached = [0] * len(groups)
-        total = sum(cell.train.updates for cell in missing.values())
+        total = sum(budget * len(keys) for budget, keys in zip(budgets, groups, strict=True))
         cells_done = 0
-        for index, update in self._train(groups, missing, data):
+        for index, update in self._train(groups, missing, data, until):
             cells_done += len(groups[index]) if update is None else 0
             reached[index] = budgets[index] if update is None else update
             updates_done = sum(len(keys) * update for keys, update in zip(groups, reached, strict=True))
             yield Advance(cells_done, len(missing), updates_done, total)
         if self.signal_number is not None:
             raise Interrupted(self.signal_number)
+        self.store.release()
 
-    def _stacks(self, missing: dict[str, Cell], features: int) -> list[list[str]]:
-        """Stacks with a checkpoint first, as they were; then the rest."""
-        rest, resumed = dict(missing), []
-        for keys in self.store.checkpoints():
-            if all(key in rest for key in keys):
-                resumed.append(keys)
-                rest = {key: cell for key, cell in rest.items() if key not in keys}
-        return resumed + plan_stacks(rest, features, self.runtime.device, self.stack_size)
+    def _stacks(self, missing: dict[str, Cell], reached: Mapping[str, int], features: int) -> list[list[str]]:
+        """Stacks of cells that stand at the same update, the furthest first."""
+        updates = sorted({reached.get(key, 0) for key in missing}, reverse=True)
+        parts = [{key: cell for key, cell in missing.items() if reached.get(key, 0) == update} for update in updates]
+        return [keys for part in parts for keys in plan_stacks(part, features, self.runtime.device, self.stack_size)]
 
     def _asked_to_stop(self) -> bool:
         self.signal_number = self.signal_number or self.stop()
         return self.signal_number is not None
 
     @abstractmethod
-    def _train(self, groups: list[list[str]], cells: Mapping[str, Cell], data: Prepared) -> Iterator[tuple[int, int | None]]:
-        """Yields the number of a stack and the update that it reached; None once its cells are in the store."""
+    def _train(
+        self, groups: list[list[str]], cells: Mapping[str, Cell], data: Prepared, until: int | None
+    ) -> Iterator[tuple[int, int | None]]:
+        """Yields the number of a stack and the update that it reached; None once the store has what was wanted of it."""
 
 
 class Inline(_LocalExecutor):
     """Trains stack after stack in this process."""
 
-    def _train(self, groups: list[list[str]], cells: Mapping[str, Cell], data: Prepared) -> Iterator[tuple[int, int | None]]:
+    def _train(
+        self, groups: list[list[str]], cells: Mapping[str, Cell], data: Prepared, until: int | None
+    ) -> Iterator[tuple[int, int | None]]:
         x = data.x["train"], data.x["validation"]
         training = StackTraining(self.store, *x, traits(data), self.runtime, self._asked_to_stop, self.checkpoint_seconds)
         keep_freed_memory()
         with one_thread():
             for index, keys in enumerate(groups):
-                for update in training.run(keys, cells):
+                for update in training.run(keys, cells, until):
                     yield index, update
                 if training.stopped:
                     return
@@ -261,7 +272,9 @@ class Workers(_LocalExecutor):
     (measured: by a quarter and more, for large networks and small).
     """
 
-    def _train(self, groups: list[list[str]], cells: Mapping[str, Cell], data: Prepared) -> Iterator[tuple[int, int | None]]:
+    def _train(
+        self, groups: list[list[str]], cells: Mapping[str, Cell], data: Prepared, until: int | None
+    ) -> Iterator[tuple[int, int | None]]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         progress, stop = context.SimpleQueue(), context.Event()
@@ -271,7 +284,8 @@ class Workers(_LocalExecutor):
         with ProcessPoolExecutor(min(workers("cpu"), len(groups) or 1), context, _begin_work, job) as pool:
             try:
                 pending = {
-                    pool.submit(_work, index, keys, {key: cells[key] for key in keys}) for index, keys in enumerate(groups)
+                    pool.submit(_work, index, keys, {key: cells[key] for key in keys}, until)
+                    for index, keys in enumerate(groups)
                 }
                 while pending:
                     finished, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
@@ -325,9 +339,9 @@ def _begin_work(
     _worker = _Worker(StackTraining(CellStore(root), *x, traits, runtime, stop.is_set, checkpoint_seconds), progress)
 
 
-def _work(index: int, keys: list[str], cells: dict[str, Cell]) -> None:
+def _work(index: int, keys: list[str], cells: dict[str, Cell], until: int | None) -> None:
     training, progress = _worker
-    for update in training.run(keys, cells):
+    for update in training.run(keys, cells, until):
         progress.put((index, update))
     if not training.stopped:
         progress.put((index, None))

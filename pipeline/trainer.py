@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.config import Schedule, TrainNoise
+from pipeline.config import Schedule, Train, TrainNoise
 from pipeline.datasets import corrupt
 from pipeline.grid import Cell
 from pipeline.model import StackedAutoencoder
@@ -175,23 +175,27 @@ class StackTrainer:
         self.objective = Objective(self.cells, device)
         self.batches = Batches(self.cells, self.train.version, self.train.rows, device)
         self.optimizer = _Adam(self.model, self.cells)
-        count = self.config.history_points
-        self.points = [round(point * self.config.updates / count) for point in range(1, count + 1)]
+        self.points = history_updates(self.config)
         self.update = 0
         stack, nan = len(self.cells), float("nan")
-        self.history = torch.full((len(self.points), stack, len(HISTORY)), nan, device=device)
+        self.history = torch.full((stack, len(self.points), len(HISTORY)), nan, device=device)
         self.diverged_at = torch.full((stack,), -1, device=device)
         self.best_loss = torch.full((stack,), float("inf"), device=device)
         self.best_update = torch.zeros(stack, dtype=torch.long, device=device)
         self.best = [self.model.weights.value.clone(), self.model.biases.value.clone()]
 
-    def run(self) -> Iterator[int]:
-        """Trains to the end of the budget; yields the update at each history point, where `state` may be taken."""
+    def run(self, until: int | None = None) -> Iterator[int]:
+        """Trains to the end of the budget, or to the last history point that is not beyond the update `until`.
+
+        Yields the update at each history point, where `state` may be taken.
+        """
         sums = torch.zeros(len(self.cells), 3, device=self.l2.device)
         block = None
         for point, stop in enumerate(self.points):
             if self.update >= stop:
                 continue
+            if until is not None and stop > until:
+                return
             start = self.update
             while self.update < stop:
                 if block is None or self.update % BLOCK == 0:
@@ -257,7 +261,7 @@ class StackTrainer:
             terms[:, 0] += penalty
         self._mark_diverged(validation[:, 0])
         dead = self.diverged_at >= 0
-        self.history[point] = torch.cat([train_terms, validation], dim=1).masked_fill(dead[:, None], torch.nan)
+        self.history[:, point] = torch.cat([train_terms, validation], dim=1).masked_fill(dead[:, None], torch.nan)
         if dead.any():
             self.optimizer.freeze(dead)
         keep = (validation[:, 0] < self.best_loss) if self.config.keep == "best" else ~dead
@@ -281,7 +285,10 @@ class StackTrainer:
         return total / rows
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that changes in training; valid between two history points."""
+        """All that changes in training, beside `update`: one row a cell, as wanted. Valid between two history points."""
+        return {name: tensor[: self.wanted] for name, tensor in self._state().items()}
+
+    def _state(self) -> dict[str, Tensor]:
         return {
             "weights": self.model.weights.value,
             "biases": self.model.biases.value,
@@ -292,37 +299,53 @@ class StackTrainer:
             "best_update": self.best_update,
             "diverged_at": self.diverged_at,
             "history": self.history,
-            "update": torch.tensor(self.update),
         }
 
     @torch.no_grad()
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Goes on where `state` was taken."""
-        self.update = int(state["update"])
-        for name, tensor in self.state().items():
-            if name != "update":
-                tensor.copy_(state[name])
-        self.optimizer.set_step(self.update)
+    def restore(self, state: Mapping[str, Tensor], update: int) -> None:
+        """Goes on where `state` was taken, or where its rows were: the cells may have stood in other stacks."""
+        self.update = update
+        for name, tensor in self._state().items():
+            tensor.copy_(state[name])  # a lone cell's row also to the copy beside it
+        self.optimizer.set_step(update)
 
     def finish(self) -> list[Result]:
         """Puts the kept weights in place, and returns the cells as wanted. Ends training."""
         for best, buffer in zip(self.best, (self.model.weights, self.model.biases), strict=True):
             buffer.value.copy_(best)
-        history, best_loss = self.history.cpu(), self.best_loss.tolist()
-        return [self._result(row, history[:, row], best_loss[row]) for row in range(self.wanted)]
+        return [
+            Result(record, self.model.cell_state(row) if record["status"] == "finished" else None)
+            for row, record in enumerate(records(self.state(), self.config, self.update))
+        ]
 
-    def _result(self, row: int, history: Tensor, best_loss: float) -> Result:
-        diverged_at = int(self.diverged_at[row])
-        curves = {name: [_number(value) for value in column] for name, column in zip(HISTORY, history.T.tolist(), strict=True)}
-        record = {
-            "status": "diverged" if diverged_at >= 0 else "finished",
-            "diverged_at": diverged_at if diverged_at >= 0 else None,
-            "updates": self.config.updates,
-            "evaluated_update": int(self.best_update[row]),
-            "validation_loss": _number(best_loss),
-            "history": {"update": self.points, **curves},
-        }
-        return Result(record, self.model.cell_state(row) if diverged_at < 0 else None)
+
+def history_updates(train: Train) -> list[int]:
+    """The updates after which losses are recorded, and where training can stop and go on."""
+    count = train.history_points
+    return [round(point * train.updates / count) for point in range(1, count + 1)]
+
+
+def records(state: Mapping[str, Tensor], train: Train, update: int) -> list[dict[str, Any]]:
+    """How the training of each row of a stack's state has gone up to `update`."""
+    names = ("history", "diverged_at", "best_update", "best_loss")
+    points = [point for point in history_updates(train) if point <= update]
+    status = "finished" if update == train.updates else "unfinished"
+    return [_record(*row, points, status) for row in zip(*(state[name].tolist() for name in names), strict=True)]
+
+
+def _record(
+    history: list[list[float]], diverged_at: int, best_update: int, best_loss: float, points: list[int], status: str
+) -> dict[str, Any]:
+    columns = zip(*history[: len(points)], strict=True)
+    curves = {name: [_number(value) for value in column] for name, column in zip(HISTORY, columns, strict=True)}
+    return {
+        "status": "diverged" if diverged_at >= 0 else status,
+        "diverged_at": diverged_at if diverged_at >= 0 else None,
+        "updates": points[-1],
+        "evaluated_update": best_update,
+        "validation_loss": _number(best_loss),
+        "history": {"update": points, **curves},
+    }
 
 
 def unconverged(record: Mapping[str, Any]) -> bool:

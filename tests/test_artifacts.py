@@ -49,13 +49,39 @@ def test_the_store_returns_what_it_keeps(tmp_path):
     assert "abc" not in store
 
 
-def test_checkpoints_are_found_by_their_cells(tmp_path):
+def test_a_cells_furthest_state_is_found_wherever_it_lies(tmp_path):
     store = CellStore(tmp_path)
-    store.save_checkpoint(["a", "b"], {"update": torch.tensor(7)})
-    assert list(store.checkpoints()) == [["a", "b"]]
-    assert store.load_checkpoint(["a", "b"])["update"] == 7 and store.load_checkpoint(["a"]) is None
-    store.remove_checkpoint(["a", "b"])
-    assert list(store.checkpoints()) == []
+    store.save_checkpoint(["a", "b", "c"], {"w": torch.tensor([[1.0], [2.0], [3.0]])}, 10)
+    store.save_checkpoint(["c", "a"], {"w": torch.tensor([[30.0], [10.0]])}, 20)
+    progress = store.progress()
+    assert {key: place.update for key, place in progress.items()} == {"a": 20, "b": 10, "c": 20}
+    assert store.load_rows([progress["a"], progress["c"]])["w"].tolist() == [[10.0], [30.0]]
+
+
+def test_a_checkpoint_goes_once_no_cell_needs_it(tmp_path):
+    store, rows = CellStore(tmp_path), torch.ones(2, 1)
+    store.save_checkpoint(["a", "b"], {"w": rows}, 10)
+    store.save_checkpoint(["a", "c"], {"w": rows}, 20)
+    store.release()
+    assert set(store.progress()) == {"a", "b", "c"}, "the first one holds the furthest state of b"
+    store.release(ended={"b"})
+    assert set(store.progress()) == {"a", "c"}
+    store.save("a", {}, None)
+    store.release()
+    assert set(store.progress()) == {"a", "c"}
+    store.save("c", {}, None)
+    store.release()
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_of_another_version_is_not_read(tmp_path, monkeypatch):
+    store = CellStore(tmp_path)
+    monkeypatch.setattr(artifacts, "CHECKPOINT_VERSION", 99)
+    store.save_checkpoint(["a"], {"w": torch.ones(1, 1)}, 10)
+    monkeypatch.undo()
+    assert store.progress() == {}
+    store.release()
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def _hold(root, ready, release):

@@ -109,7 +109,7 @@ def test_interrupted_anywhere_ends_bit_identical(tmp_path, data, wanted):
             assert error.exit_code == 143
     assert interruptions > 3
     assert results(whole, wanted) == results(broken, wanted)
-    assert list(broken.checkpoints()) == []
+    assert not broken.progress()
 
 
 def test_interrupted_workers_leave_stacks_that_wait_and_go_on_where_they_were(tmp_path, data, make_cell):
@@ -123,7 +123,7 @@ def test_interrupted_workers_leave_stacks_that_wait_and_go_on_where_they_were(tm
         for advance in Workers(broken, RUNTIME, stack_size=2, stop=lambda: 2 if advances else None).run(wanted, data):
             advances.append(advance)
     assert error.value.exit_code == 130
-    assert not list(broken) and 2 <= len(list(broken.checkpoints())) < 8, "a stack that waits has none"
+    assert not list(broken) and 4 <= len(broken.progress()) < 16, "a stack that waits has no checkpoint"
     first = next(Workers(broken, RUNTIME, stack_size=2).run(wanted, data))
     assert first.updates_done > advances[0].updates_done
     list(Workers(broken, RUNTIME, stack_size=2).run(wanted, data))
@@ -151,6 +151,27 @@ def test_an_unreadable_checkpoint_only_costs_its_work(executor, tmp_path, data, 
     list(executor(store, RUNTIME).run(wanted, data))
     list(executor(whole, RUNTIME).run(wanted, data))
     assert results(store, wanted) == results(whole, wanted)
+
+
+def test_survivors_of_several_stacks_go_on_as_one_and_end_bit_identical(executor, tmp_path, data, wanted):
+    """Three stacks train to a rung, every second cell leaves, the rest is stacked anew, and a lone cell at the end."""
+    whole, halved, keys = CellStore(tmp_path / "whole"), CellStore(tmp_path / "halved"), list(wanted)
+    for pair in zip(keys[::2], keys[1::2], strict=True):
+        list(Inline(whole, RUNTIME).run({key: wanted[key] for key in pair}, data))
+    rungs = {8: keys, 20: keys[::2], None: keys[:1]}
+    for rung, alive in rungs.items():
+        advances = list(executor(halved, RUNTIME, stack_size=2).run({key: wanted[key] for key in alive}, data, until=rung))
+        assert advances[-1].updates_done == advances[-1].updates == (rung or 40) * len(alive)
+        assert all(halved.progress()[key].update == rung for key in alive if rung)
+        halved.release(ended=set(keys) - set(alive))
+    assert results(whole, keys[:1]) == results(halved, keys[:1])
+    assert list(halved) == keys[:1] and not (set(halved.progress()) & set(keys[:1]))
+
+
+def test_cells_that_stand_at_a_rung_already_are_not_trained_again(tmp_path, data, wanted):
+    store = CellStore(tmp_path)
+    list(Inline(store, RUNTIME).run(wanted, data, until=20))
+    assert list(Inline(store, RUNTIME).run(wanted, data, until=20)) == list(Inline(store, RUNTIME).run(wanted, data, until=8)) == []
 
 
 def test_a_stack_that_does_not_fit_is_halved(tmp_path, data, wanted, monkeypatch):

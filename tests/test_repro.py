@@ -124,7 +124,7 @@ def test_a_signal_leaves_a_checkpoint_and_one_line(long_study, number, code):
     assert process.returncode == code
     assert errors.strip().splitlines()[-1] == "vaesweep: interrupted; the next run goes on from the checkpoint"
     store = CellStore(long_study / ".vaesweep")
-    assert list(store.checkpoints()) or list(store)
+    assert store.progress() or list(store)
 
 
 CHECKPOINTS_ALWAYS = """

@@ -236,7 +236,7 @@ def test_resumed_equals_uninterrupted(make_cell, pixels, traits):
     half = train(cells, pixels, stop_at=30, traits=traits)
     state = {name: tensor.clone() for name, tensor in half.state().items()}
     rest = StackTrainer(cells, [pixels], [pixels[:50]], traits=traits)
-    rest.restore(state)
+    rest.restore(state, half.update)
     assert list(rest.run()) == list(range(36, 61, 6))
     for one, other in zip(rest.finish(), whole, strict=True):
         same(one, other)

@@ -23,9 +23,7 @@ def run(dry_run: bool = False) -> tuple[int, int]:
         if not dry_run:
             for key in superseded:
                 store.remove(key)
-            for keys in list(store.checkpoints()):
-                if not used.issuperset(keys):
-                    store.remove_checkpoint(keys)
+            store.release(ended=store.progress().keys() - used)
     return len(superseded), size
 
 
