@@ -164,10 +164,10 @@ class Progress(NamedTuple):
     row: int
 
 
-def _read_row(place: Progress, device: str) -> dict[str, torch.Tensor]:
+def _read_row(place: Progress, device: str, names: Sequence[str] | None) -> dict[str, torch.Tensor]:
     try:
         with safe_open(place.path, "pt", device=device) as file:
-            return {name: file.get_slice(name)[place.row : place.row + 1] for name in file.keys()}  # noqa: SIM118, not iterable
+            return {name: file.get_slice(name)[place.row : place.row + 1] for name in names or file.keys()}
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{place.path}: cannot be read: {error}") from error
 
@@ -197,9 +197,21 @@ class CellStore:
     def record(self, cell_id: str) -> dict[str, Any]:
         return read_json(self.root / "cells" / cell_id / "record.json")
 
+    def save_unfinished(self, cell_id: str, record: Mapping[str, Any]) -> None:
+        """Keeps how the training of a cell had gone that a search gave up."""
+        write_json(self._unfinished(cell_id), record)
+
+    def _unfinished(self, cell_id: str) -> Path:
+        return self.root / "unfinished" / f"{cell_id}.json"
+
+    def has_history(self, cell_id: str) -> bool:
+        """Whether the cell was trained here, to its end or not."""
+        return cell_id in self or self._unfinished(cell_id).is_file()
+
     def history(self, cell_ids: Iterable[str]) -> pd.DataFrame:
-        """The histories of cells, one row a cell and history point."""
-        parts = [pd.DataFrame({"cell_id": key, **self.record(key)["history"]}) for key in cell_ids]
+        """The histories of cells, finished or given up, one row a cell and history point."""
+        found = {key: self.record(key) if key in self else read_json(self._unfinished(key)) for key in cell_ids}
+        parts = [pd.DataFrame({"cell_id": key, **record["history"]}) for key, record in found.items()]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["cell_id", "update"])
 
     def size(self, cell_id: str) -> int:
@@ -227,9 +239,11 @@ class CellStore:
                     found |= {key: place for key, place in rows.items() if key not in found or found[key].update < here}
         return found
 
-    def load_rows(self, places: Sequence[Progress], device: str = "cpu") -> dict[str, torch.Tensor]:
-        """The state of a stack whose rows may lie in several checkpoints, all at one update. Raises ArtifactError."""
-        rows = [_read_row(place, device) for place in places]
+    def load_rows(
+        self, places: Sequence[Progress], device: str = "cpu", names: Sequence[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The state of a stack, or the `names` of it, whose rows may lie in several checkpoints. Raises ArtifactError."""
+        rows = [_read_row(place, device, names) for place in places]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def release(self, ended: Container[str] = ()) -> None:
@@ -240,29 +254,29 @@ class CellStore:
             path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def lock(self, purpose: str, shared: bool = False) -> Iterator[None]:
+    def lock(self, purpose: str, *, file: str = "lock", shared: bool = False, wait: bool = False) -> Iterator[None]:
         """Holds the store for one writer, or for one of several that may write the same bytes to the same place.
 
-        Raises ArtifactError, naming the holder, while another process has it.
+        Raises ArtifactError, naming the holder, while another process has it, unless it may `wait`.
         """
-        path = self.root / "lock"
+        path = self.root / file
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
+            opened = path.open("a+")
         except OSError as error:
             raise ArtifactError(f"{path}: cannot be written: {error.strerror or error}") from error
-        with file:
+        with opened:
             try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                fcntl.flock(opened, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                file.seek(0)
-                raise ArtifactError(f"{path}: is held by {file.read().strip() or 'another process'}; wait for it") from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} ({purpose})")
-            file.flush()
+                opened.seek(0)
+                raise ArtifactError(f"{path}: is held by {opened.read().strip() or 'another process'}; wait for it") from None
+            opened.truncate(0)
+            opened.write(f"process {os.getpid()} ({purpose})")
+            opened.flush()
             yield
             if not shared:
-                file.truncate(0)
+                opened.truncate(0)
 
 
 @dataclass(frozen=True)
@@ -390,3 +404,24 @@ def trained_stacks(
             for row, key in enumerate(part):
                 model.load_cell(row, read_tensors(folders.train / "weights" / f"{key}.safetensors", device))
             yield TrainedStack(part, model, dataset)
+
+
+def kept_stacks(
+    store: CellStore, wanted: Mapping[str, Cell], features: int, device: str, size: int = 32
+) -> Iterator[TrainedStack]:
+    """The weights that cells of one dataset have kept so far, finished or in training, in stacks of two to `size`.
+
+    A lone cell stands beside itself, as in training. Raises ArtifactError.
+    """
+    progress = store.progress()
+    for _, group in itertools.groupby(sorted(wanted, key=lambda key: wanted[key].lanes), key=lambda key: wanted[key].lanes):
+        for part in balanced(list(group), size):
+            keys = part * 2 if len(part) == 1 else part
+            model = StackedAutoencoder([wanted[key] for key in keys], features, device)
+            for row, key in enumerate(keys):
+                if key in store:
+                    model.load_cell(row, read_tensors(store.weights_path(key), device))
+                else:
+                    kept = store.load_rows([progress[key]], device, ("best_weights", "best_biases"))
+                    model.weights.value[row], model.biases.value[row] = kept["best_weights"][0], kept["best_biases"][0]
+            yield TrainedStack(keys, model, 0)

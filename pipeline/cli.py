@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -17,7 +18,9 @@ from pipeline.config import VaesweepError, load_settings
 
 if TYPE_CHECKING:
     from pipeline.executors import Advance
+    from pipeline.stages.search import Step
 
+EVERY_SECONDS = 15.0
 PARENT_POLL_SECONDS = 0.5
 
 
@@ -93,11 +96,11 @@ def prune(study: str) -> None:
 @main.command()
 @click.argument("search")
 def search(search: str) -> None:
-    """Search KL weights with Optuna, a batch of trials as one stack."""
+    """Search settings with Optuna, a batch of trials as stacks, halved at rungs."""
     from pipeline.stages import search as stage
 
     with _stoppable() as stop:
-        stage.run(search, _show, stop)
+        stage.run(search, _show_search, stop)
 
 
 @main.command()
@@ -123,7 +126,7 @@ def sync() -> None:
     from pipeline import tracking
 
     settings = load_settings()
-    synced = tracking.sync(tracking.MlflowTracker(), settings.studies, settings.searches, tracking.load_reconstruction)
+    synced = tracking.sync(tracking.MlflowTracker(), settings.studies, settings.every_search, tracking.load_reconstruction)
     for name, count in synced.changed.items():
         click.echo(f"{name}: {count} runs uploaded" if count else f"{name}: up to date")
     for note in synced.notes:
@@ -175,7 +178,7 @@ def _show(name: str, advances: Iterable[Advance]) -> None:
             progress.update(task, completed=advance.updates_done, total=advance.updates, cells=cells, clock=clock)
 
 
-def _show_lines(name: str, advances: Iterable[Advance], every_seconds: float = 15.0) -> None:
+def _show_lines(name: str, advances: Iterable[Advance], every_seconds: float = EVERY_SECONDS) -> None:
     start = shown = time.monotonic()
     for advance in advances:
         now = time.monotonic()
@@ -184,6 +187,38 @@ def _show_lines(name: str, advances: Iterable[Advance], every_seconds: float = 1
             done = f"{advance.cells_done}/{advance.cells} cells, {advance.updates_done}/{advance.updates} updates"
             click.echo(f"train {name}: {done}, {left:.0f} s left", err=True)
             shown = now
+
+
+def _show_search(name: str, steps: Iterable[Step]) -> None:
+    """A search's trials, its best value and the time left: on a terminal one line that changes, else a line now and then."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console, start = Console(stderr=True), time.monotonic()
+    said, shown, first = "", -math.inf, None
+    with (
+        Live(console=console, transient=False, refresh_per_second=4)
+        if console.is_terminal
+        else contextlib.nullcontext() as live
+    ):
+        for step in steps:
+            first = step.share if first is None else first
+            now = time.monotonic()
+            left = (now - start) * (1 - step.share) / (step.share - first) if step.share > first else None
+            line = _in_words(name, step, left)
+            if live:
+                live.update(Text(line))
+            elif step.doing != said or now - shown >= EVERY_SECONDS:
+                click.echo(line, err=True)
+                said, shown = step.doing, now
+
+
+def _in_words(name: str, step: Step, left: float | None) -> str:
+    at = step.standing
+    counts = f"{at.ended}/{at.target} trials, {at.pruned} of them pruned" + (f", {at.failed} failed" if at.failed else "")
+    best = f"best {at.best:.6g}" if at.best is not None else f"{at.front} on the front"
+    return f"search {name}: {counts}; {best}; {step.doing}" + (f"; {left:.0f} s left" if left is not None else "")
 
 
 @contextlib.contextmanager

@@ -80,7 +80,11 @@ class Strict(BaseModel):
     @field_validator("*")
     @classmethod
     def _no_value_twice(cls, value: Any, info: Any) -> Any:
-        if info.field_name not in ("hidden", "noise", "claims") and isinstance(value, tuple) and len(set(value)) < len(value):
+        if (
+            info.field_name not in ("hidden", "noise", "claims", "objectives")
+            and isinstance(value, tuple)
+            and len(set(value)) < len(value)
+        ):
             raise ValueError("no value may stand twice")
         return value
 
@@ -413,60 +417,12 @@ class Study(Strict):
         return size * sum(len(arm.beta) * len(arm.anneal) for arm in grid.arms.values())
 
 
-class Range(Strict):
-    """A log-uniform range."""
-
-    low: Positive
-    high: Positive
-
-    @model_validator(mode="after")
-    def _low_below_high(self) -> Range:
-        if not self.low < self.high:
-            raise ValueError(f"`low < high` must hold, but got (low={self.low}, high={self.high})")
-        return self
-
-
-class Space(Strict):
-    """What the search varies."""
-
-    beta: Range
-    l2: Range | None = Field(None, description="λ is 0 where no range is given")
-
-
-class Sampler(Strict):
-    """Who proposes trials."""
-
-    kind: Literal["tpe", "nsga2", "qmc", "random"] = "tpe"
-    seed: Seed = 0
-
-
-class Search(Strict):
-    """A search for KL weights: a study's data and network, a space, and two objectives, distortion and rate."""
-
-    title: Annotated[str, Field(min_length=1, max_length=200)]
-    study: Name = Field(description="the study whose data and network are searched")
-    arm: Literal["vae"] = "vae"
-    latent_dim: Count
-    learning_rate: Positive = Field(1e-3, description="of Adam, before the schedule")
-    seed: Seed = 0
-    space: Space
-    sampler: Sampler = Sampler()
-    trials: Count = Field(description="target count of finished trials")
-    batch: Count = Field(description="trials that are asked, trained as one stack, and told together")
-    train: Train
-
-    @model_validator(mode="after")
-    def _trains_on_clean_data(self) -> Search:
-        if self.train.noise:
-            raise ValueError("train.noise: a search has no levels of noise, so it names no kind")
-        return self
-
-
 class Scale(Strict):
     """What one `dvc repro` runs, and where its report goes."""
 
     studies: axis(Name)
-    searches: dict[Name, Name] = Field({}, description="each search with the study whose prepared data it uses")
+    searches: dict[Name, Name] = Field({}, description="each search, and the study whose data, network and cells it uses")
+    searches_alone: tuple[Name, ...] = Field((), description="searches that have data and network in their own file")
     reports: Annotated[str, Field(min_length=1)] = Field("reports", description="folder of the report")
 
 
@@ -480,14 +436,19 @@ class Settings(Scale):
     stack_size: Count | None = Field(None, description="cells that train together; chosen automatically if null")
 
     @property
+    def every_search(self) -> list[str]:
+        """The searches that run."""
+        return [*self.searches, *self.searches_alone]
+
+    @property
     def known_studies(self) -> list[str]:
         """The studies that run, and those of the other scales."""
         return list(dict.fromkeys([*self.studies, *(name for scale in self.scales.values() for name in scale.studies)]))
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Settings:
-        if clash := set(self.studies) & set(self.searches):
-            raise ValueError(f"a study and a search share the name {sorted(clash)[0]!r}")
+        if clash := (set(self.studies) & set(self.every_search)) | (set(self.searches) & set(self.searches_alone)):
+            raise ValueError(f"two studies or searches share the name {sorted(clash)[0]!r}")
         for search, study in self.searches.items():
             if study not in self.studies:
                 raise ValueError(f"searches.{search}: its study must be listed in studies, but got '{study}'")
@@ -496,11 +457,11 @@ class Settings(Scale):
 
 def load_study(name: str, folder: Path = CONFIG_FOLDER) -> Study:
     """Reads and checks `configs/<name>.yaml`, its claims too. Raises ConfigError."""
-    path = _config_path(name, folder)
-    study = _load(Study, path)
+    path = config_path(name, folder)
+    study = load_strict(Study, path)
     for index, claim in enumerate(study.claims):
         others = {str(side["study"]) for side in claim.test.sides if "study" in side} - {name}
-        studies = {name: study, **{other: _load(Study, _config_path(other, folder)) for other in others}}
+        studies = {name: study, **{other: load_strict(Study, config_path(other, folder)) for other in others}}
         try:
             _check_test(claim.test, name, studies)
         except ValueError as error:
@@ -607,21 +568,13 @@ def _exact(value: Scalar) -> float | str:
         return str(value)
 
 
-def load_search(name: str, folder: Path = CONFIG_FOLDER) -> Search:
-    """Reads and checks the YAML of a search. Raises ConfigError."""
-    return _load(Search, _config_path(name, folder))
-
-
 def load_settings(path: Path = PARAMS_FILE) -> Settings:
     """Reads and checks `params.yaml`. Raises ConfigError."""
-    settings = _load(Settings, path)
-    for search, study in settings.searches.items():
-        if (named := load_search(search, path.parent / CONFIG_FOLDER).study) != study:
-            raise ConfigError(f"{path}: searches.{search}: its file names study '{named}', but got '{study}'")
-    return settings
+    return load_strict(Settings, path)
 
 
-def _config_path(name: str, folder: Path) -> Path:
+def config_path(name: str, folder: Path = CONFIG_FOLDER) -> Path:
+    """The YAML of a study or a search. Raises ConfigError."""
     path = folder / f"{name}.yaml"
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) and path.is_file():
         return path
@@ -629,7 +582,8 @@ def _config_path(name: str, folder: Path) -> Path:
     raise ConfigError(f"{folder}/: there is no config {name[:80]!r}{nearest(name, known)}; there are: {', '.join(known)}")
 
 
-def _load(model: type[Strict], path: Path) -> Any:
+def load_strict(model: type[Strict], path: Path) -> Any:
+    """Reads YAML 1.2 into a model. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
         content = YAML(typ="safe", pure=True).load(text)

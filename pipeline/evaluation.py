@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, cached_property
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pipeline import latents, metrics
 from pipeline.artifacts import Prepared, TrainedStack
-from pipeline.config import ConfigError, Study
+from pipeline.config import ConfigError, Evaluate
 from pipeline.datasets import corrupt
 from pipeline.measures import RADIUS
 from pipeline.objective import LOG_2PI, Objective, kl_per_latent
@@ -32,17 +33,29 @@ COMPONENTS = 32  # principal components of the space in which images are compare
 NEIGHBOURS = 5  # of codes and of samples, on which measures of neighbourhoods rest
 PATHS, POINTS = 100, 11  # interpolations, and points on each
 STEP = 0.1
+STACK = 32  # cells that are measured together
+OUTPUTS = 2**26  # numbers that a stack's reconstructions may have
 BOOTS = ("Ankle boot",)  # the classes of data that are all ankle boots
 QUANTILES = 9  # a side of the grid on which boots are decoded
 
 
-class Reference:
-    """One dataset of a study, and what its cells are compared with."""
+def stack_size(data: Prepared) -> int:
+    """Cells whose reconstructions and interpolations fit in memory together."""
+    rows = max(PATHS * POINTS, *(len(x) for x in data.x["test"]))
+    return max(1, min(STACK, OUTPUTS // (rows * data.features)))
 
-    def __init__(self, data: Prepared, index: int, study: Study):
-        self.data, self.study, self.point = data, study, data.points[index]
-        self.x = {split: data.x[split][index] for split in ("train", "test")}
-        self.labels = {split: data.labels[split][index] for split in self.x} if data.labels else None
+
+class Reference:
+    """One dataset of a study, and what its cells are compared with.
+
+    A search may see no test set: with `held_out="validation"`, what is called the test set here is the validation set.
+    """
+
+    def __init__(self, data: Prepared, index: int, evaluate: Evaluate, held_out: Literal["test", "validation"] = "test"):
+        self.data, self.evaluate, self.point = data, evaluate, data.points[index]
+        splits = {"train": "train", "test": held_out}
+        self.x = {name: data.x[split][index] for name, split in splits.items()}
+        self.labels = {name: data.labels[split][index] for name, split in splits.items()} if data.labels else None
         self.pca: Callable[[int], PCA] = cache(lambda dim: metrics.fit_pca(self.x["train"].cpu(), dim))
         self.noisy: Callable[[str, float, bool], Tensor] = cache(self._noisy)
 
@@ -58,7 +71,7 @@ class Reference:
     def knn_accuracy(self, codes: Mapping[str, Tensor]) -> float:
         """Of codes of both splits, on labelled data."""
         sides = [side for split in self.x for side in (codes[split].cpu(), self.labels[split])]
-        return metrics.knn_accuracy(*sides, self.study.evaluate.neighbours)
+        return metrics.knn_accuracy(*sides, self.evaluate.neighbours)
 
     @cached_property
     def raw_knn_accuracy(self) -> float | None:
@@ -115,7 +128,7 @@ class Reference:
 
         Of the two classes in `evaluate.between`; else each row and the next, where their classes differ or none do.
         """
-        if self.study.evaluate.between:
+        if self.evaluate.between:
             ends = [(self.labels["test"] == index).nonzero()[:, 0] for index in self._between()]
             return torch.stack([end[: min(map(len, ends))] for end in ends], dim=1)[:PATHS]
         pairs = torch.arange(len(self.x["test"])).unfold(0, 2, 1)
@@ -124,10 +137,28 @@ class Reference:
 
     def _between(self) -> list[int]:
         names = self.data.class_names or ()
-        for name in self.study.evaluate.between:
+        for name in self.evaluate.between:
             if name not in names:
                 raise ConfigError(f"evaluate.between: must name two of the classes {list(names)}, but got '{name}'")
-        return [names.index(name) for name in self.study.evaluate.between]
+        return [names.index(name) for name in self.evaluate.between]
+
+
+class _Lazy(Mapping):
+    """Values that are made when they are first asked for."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Any]]):
+        self._makers, self._made = makers, {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 class Measured:
@@ -135,7 +166,7 @@ class Measured:
 
     def __init__(self, trained: TrainedStack, reference: Reference):
         self.keys, self.model, self.reference = trained.keys, trained.model, reference
-        self.cells, self.evaluate = trained.model.cells, reference.study.evaluate
+        self.cells, self.evaluate = trained.model.cells, reference.evaluate
         self.x, self.labels, self.data = reference.x, reference.labels, reference.data
         self.device = self.x["test"].device
         self.objective = Objective(self.cells, self.device)
@@ -187,9 +218,9 @@ class Measured:
         return self.encode(self.x["test"])
 
     @cached_property
-    def codes(self) -> dict[str, Float[Tensor, "stack _ lane"]]:
-        """Means of q(z|x) of each split."""
-        return {"train": self.encode(self.x["train"])[0], "test": self._test_posterior[0]}
+    def codes(self) -> Mapping[str, Float[Tensor, "stack _ lane"]]:
+        """Means of q(z|x) of each split, encoded when they are first asked for."""
+        return _Lazy({"train": lambda: self.encode(self.x["train"])[0], "test": lambda: self._test_posterior[0]})
 
     @cached_property
     def log_variance(self) -> Float[Tensor, "stack row lane"]:
@@ -346,6 +377,14 @@ def measured(stack: Measured) -> dict[str, list[float | None]]:
         values = function(stack)
         found |= values if isinstance(values, dict) else dict.fromkeys(names, values)
     return {name: [None] * len(stack.keys) if values is None else values.tolist() for name, values in found.items()}
+
+
+def measured_one(stack: Measured, name: str) -> list[float | None]:
+    """One measure of all cells: what `measured` has under this name."""
+    function = next(function for names, function in MEASUREMENTS.items() if name in names)
+    values = function(stack)
+    values = values[name] if isinstance(values, Mapping) else values
+    return [None] * len(stack.keys) if values is None else values.tolist()
 
 
 def noise_curves(stack: Measured) -> Iterator[tuple[str, float, dict[str, list[float]]]]:

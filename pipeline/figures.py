@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from pipeline import drawing, intervals
+from pipeline.measures import AXIS_WORDS
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 NOISE_LABELS = {
@@ -29,7 +29,6 @@ NOISE_LABELS = {
     "erased_block": "erased block",
 }
 TARGET_LABELS = {"clean": "from the clean image", "noisy": "from the noisy image"}
-AXIS_WORDS = {"beta": "β", "l2": "λ", "sigma2": "σ²", "train_noise": "noise level in training", "latent_dim": "latents"}
 VERDICT_COLOURS = {"supported": "#0072b2", "contradicted": "#d55e00", "undecided": "#999999"}
 CRITERIA = {"column_sum": "|column sum|", "column_l1": "column L1 norm", "column_l2": "column L2 norm", "kl": "KL"}
 
@@ -124,23 +123,20 @@ def noise_curves(summary: pd.DataFrame, metric: str, label: str) -> Figure:
 
 
 @drawing.house_style
-def rate_distortion(summary: pd.DataFrame, front: pd.DataFrame | None = None) -> Figure:
+def rate_distortion(summary: pd.DataFrame) -> Figure:
     """KL against reconstruction over β, one panel for each latent dimension, one marker for each λ.
 
-    The plain AE has no rate: it is a horizontal line with its interval. `front`, a search's trials (latent_dim, rate,
-    distortion, on_front), lies beneath where it is given.
+    The plain AE has no rate: it is a horizontal line with its interval.
     """
     table = _labelled(summary)
     latent_dims = sorted(table["latent_dim"].unique())
     figure, axes = drawing.panels(1, len(latent_dims), height=3.6)
     for latent_dim, ax in zip(latent_dims, axes.flat, strict=True):
-        if front is not None:
-            _draw_trials_beneath(ax, front[front["latent_dim"] == latent_dim])
         _draw_rate_distortion(ax, table[table["latent_dim"] == latent_dim], _colours(table), _markers(table["l2"]))
         ax.set_title(_latents(latent_dim))
     drawing.label_edges(axes, "rate: KL (nats per sample)", "distortion: reconstruction (nats per sample)")
     drawing.title(figure, "Rate and distortion: what each β buys")
-    drawing.legend(figure, [*drawing.handles(_colours(table)), *_marker_handles(table["l2"]), *_front_handles(front)])
+    drawing.legend(figure, [*drawing.handles(_colours(table)), *_marker_handles(table["l2"])])
     return figure
 
 
@@ -163,49 +159,6 @@ def _cross(ax: Axes, point: pd.Series, x: str, y: str, colour: Any, marker: str)
         point[x], point[y], xerr=np.nan_to_num(spreads[0]), yerr=np.nan_to_num(spreads[1]),
         color=colour, marker=marker, markersize=6, markeredgecolor="white", markeredgewidth=0.6, elinewidth=1.2,
     )  # fmt: skip
-
-
-def _draw_trials_beneath(ax: Axes, trials: pd.DataFrame) -> None:
-    ax.plot(trials["rate"], trials["distortion"], ".", color="#cccccc", markersize=4, zorder=1)
-    on_front = trials[trials["on_front"].astype(bool)].sort_values("rate")
-    ax.plot(on_front["rate"], on_front["distortion"], color=drawing.GREY, linewidth=1.0, linestyle=":", zorder=1.2)
-
-
-def _front_handles(front: pd.DataFrame | None) -> list[Line2D]:
-    if front is None:
-        return []
-    return [
-        Line2D([], [], color="#cccccc", marker=".", linestyle="", label="trial of the search"),
-        Line2D([], [], color=drawing.GREY, linewidth=1.0, linestyle=":", label="front of the search"),
-    ]
-
-
-# Search
-
-
-@drawing.house_style
-def search_front(trials: pd.DataFrame) -> Figure:
-    """Every finished trial of a search, coloured by log10 β, and the Pareto front through the best of them."""
-    trials = trials.dropna(subset=["rate", "distortion"])
-    figure, axes = drawing.panels(1, 1, height=3.8, width=6.4)
-    ax = axes[0, 0]
-    on_front = trials[trials["on_front"].astype(bool)].sort_values("rate")
-    ax.plot(on_front["rate"], on_front["distortion"], color="#444444", linewidth=1.0, zorder=2)
-    colour_of = Normalize(*_range(np.log10(trials["beta"])))
-    for rows, size, edge in ((trials[~trials["on_front"].astype(bool)], 24, "none"), (on_front, 52, "#222222")):
-        options = {"cmap": "viridis", "norm": colour_of, "s": size, "edgecolors": edge, "linewidths": 0.9, "zorder": 3}
-        points = ax.scatter(rows["rate"], rows["distortion"], c=np.log10(rows["beta"]), **options)
-    figure.colorbar(points, ax=ax, label="log₁₀ β", fraction=0.05, pad=0.02).outline.set_visible(False)
-    drawing.label_edges(axes, "rate: KL (nats per sample)", "distortion: reconstruction (nats per sample)")
-    ax.legend(
-        handles=[
-            Line2D([], [], color="#444444", marker="o", markerfacecolor="#cccccc", linewidth=1.0, label="Pareto front"),
-            Line2D([], [], color="#bbbbbb", marker="o", markersize=4, linestyle="", label="dominated trial"),
-        ],
-        loc="upper right",
-    )
-    drawing.title(figure, "The search's trials and their Pareto front")
-    return figure
 
 
 # Robustness

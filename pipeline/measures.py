@@ -20,6 +20,8 @@ ONE = 1.0  # a count
 SHARE = 0.001  # of rows or values, of which there are about a thousand
 
 
+AXIS_WORDS = {"beta": "β", "l2": "λ", "sigma2": "σ²", "train_noise": "noise level in training", "latent_dim": "latents"}
+"""Words for axes in plots, where they differ from the axes' names."""
 RADIUS = "radius/"  # and the name of a class
 MEASURES = {
     # One sample each of the test set

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline import artifacts, claims, config, drawing, grid
+from pipeline import artifacts, claims, config, drawing, grid, searches
 from pipeline import markdown as md
 
 
@@ -86,9 +86,17 @@ class SearchResults:
 
     name: str
     gallery: Gallery
-    search: config.Search
+    search: searches.Search
     about: dict[str, Any]
     trials: pd.DataFrame
+    rungs: pd.DataFrame
+    importances: pd.DataFrame
+    winner: pd.DataFrame
+
+    @property
+    def own(self) -> pd.DataFrame:
+        """The search's own trials, without the grid's cells."""
+        return self.trials[self.trials["state"] != "grid"]
 
 
 def load_study(name: str, reports: Path) -> StudyResults:
@@ -121,7 +129,6 @@ def _without_false_kl(table: pd.DataFrame) -> pd.DataFrame:
 def load_search(name: str, reports: Path) -> SearchResults:
     """Reads a search's config and tables. Raises ArtifactError where one is missing."""
     folder = artifacts.Folders(name).search
+    tables = {table: artifacts.read_table(folder / f"{table}.csv") for table in ("trials", "rungs", "importances", "winner")}
     about = artifacts.read_json(folder / "about.json")
-    return SearchResults(
-        name, Gallery(reports, name), config.load_search(name), about, artifacts.read_table(folder / "trials.csv")
-    )
+    return SearchResults(name, Gallery(reports, name), searches.load_search(name)[0], about, **tables)

@@ -1,4 +1,4 @@
-"""Sections of the report: what the tables of one study, or of one search, say in sentences, tables and figures.
+"""Sections of the report: what the tables of one study say in sentences, tables and figures.
 
 Every verdict is computed from an interval over seeds. A study without an analysis (no noise, no known dimension) has no such
 section.
@@ -13,7 +13,7 @@ import pandas as pd
 
 from pipeline import claims, config, drawing, figures, intervals, ledger, measures, portraits
 from pipeline import markdown as md
-from pipeline.results import Gallery, SearchResults, StudyResults
+from pipeline.results import Gallery, StudyResults
 
 TRUTH = "manifold_dim"
 METRICS = ("test/reconstruction", "test/mse", "test/kl", "test/active_units", "test/knn_accuracy")
@@ -36,19 +36,17 @@ CANCELLING = (
 
 def study_section(
     results: StudyResults,
-    searches: Sequence[SearchResults],
     entries: Sequence[claims.Entry],
     studies: Mapping[str, config.Study],
 ) -> str:
     """All that is known about one study; `entries` are its lines of the ledger, `studies` all that claims speak of."""
-    front = next((search for search in searches if search.search.study == results.name), None)
     return md.join(
         f"## {results.name}",
         f"**{md.escape(results.study.title)}**",
         _grid_in_words(results),
         ledger.study_section(entries, studies, _claims_figure(results, entries)),
         _metrics_section(results),
-        _rate_section(results, front),
+        _rate_section(results),
         _likelihood_section(results),
         portraits.section(results),
         _noise_section(results),
@@ -180,30 +178,24 @@ def _tally(paired: pd.DataFrame, where: str) -> str:
 # Rate and distortion
 
 
-def _rate_section(results: StudyResults, front: SearchResults | None) -> str:
+def _rate_section(results: StudyResults) -> str:
     table, fixed = results.slice(results.metrics, keep=("latent_dim", "l2"))
     penalised = table[table["arm"] != intervals.CONTROL] if len(table) else table
     if penalised.empty or penalised.groupby("arm")["beta"].nunique().max() < 2:
         return ""
     summary = intervals.summarise(table, ["arm", "latent_dim", "beta", "l2"], ["test/reconstruction", "test/mse", "test/kl"])
     findings = [*_weight_findings(table, "beta"), *_weight_findings(table, "l2"), *_threshold_findings(table)]
-    return md.join("### Rate and distortion", _note(fixed), md.bullets(findings), _rate_figure(results, summary, front))
+    return md.join("### Rate and distortion", _note(fixed), md.bullets(findings), _rate_figure(results, summary))
 
 
-def _rate_figure(results: StudyResults, summary: pd.DataFrame, front: SearchResults | None) -> str:
+def _rate_figure(results: StudyResults, summary: pd.DataFrame) -> str:
     if summary["l2"].nunique() > 2:
         picture = figures.heat_map(summary, {"test/mse": "Squared error", "test/kl": "KL (nats)"})
         caption = "Squared error per dimension and KL over β and λ, means over seeds; the column AE is the plain AE."
         return results.gallery.show("beta-lambda", picture, caption)
-    trials = None
     caption = "KL against reconstruction on the test set, with 95% intervals over seeds"
     caption += "; the level line is the plain AE." if intervals.CONTROL in set(summary["arm"]) else "."
-    if front is not None and front.search.latent_dim in set(summary["latent_dim"]):
-        trials = front.trials.dropna(subset=["rate", "distortion"]).assign(latent_dim=front.search.latent_dim)
-        caption += (
-            f" Grey: the trials of `{front.name}` (validation set, one seed, {md.count(front.search.train.updates)} updates)."
-        )
-    return results.gallery.show("rate-distortion", figures.rate_distortion(summary, trials), caption)
+    return results.gallery.show("rate-distortion", figures.rate_distortion(summary), caption)
 
 
 def _weight_findings(table: pd.DataFrame, weight: str) -> list[str]:
@@ -482,38 +474,6 @@ def _count_headlines(results: StudyResults) -> list[str]:
         hits = [f"{name} in {int((rows[m] == rows[TRUTH]).sum())}" for m, name in COUNTS.items() if rows[m].notna().any()]
         found.append(f"{label}: of {len(rows)} cells, the true dimension is told by {', '.join(hits)}.")
     return found
-
-
-# Search
-
-
-def search_section(results: SearchResults) -> str:
-    """All that is known about one search."""
-    search, finished = results.search, results.trials.dropna(subset=["rate", "distortion"])
-    heading = md.join(f"## {results.name}", f"**{md.escape(search.title)}**", _search_in_words(results, len(finished)))
-    if finished.empty:
-        return md.join(heading, "No trial finished, so there is no front.")
-    front = finished[finished["on_front"].astype(bool)].sort_values("rate")
-    caption = "Validation KL against validation reconstruction of every finished trial, coloured by β, and the Pareto front."
-    return md.join(heading, results.gallery.show("front", figures.search_front(finished), caption), _front_table(front))
-
-
-def _search_in_words(results: SearchResults, finished: int) -> str:
-    search, failed = results.search, int((results.trials["state"] == "failed").sum())
-    return (
-        f"{finished} of {search.trials} wanted trials finished, {failed} failed. Each trained {md.latents(search.latent_dim)} "
-        f"for {md.count(search.train.updates)} updates on the data and network of `{search.study}`, with one seed, so without "
-        f"intervals. Sampler: {md.escape(results.about.get('sampler', search.sampler.kind))}. Rate and distortion are the "
-        f"validation set's."
-    )
-
-
-def _front_table(front: pd.DataFrame) -> str:
-    step = max(1, math.ceil(len(front) / 10))
-    columns = {"beta": "β", "l2": "λ", "rate": "KL (nats)", "distortion": "reconstruction (nats)"}
-    rows = [[intervals.plain(float(row[column])) for column in columns] for _, row in front.iloc[::step].iterrows()]
-    every = "" if step == 1 else f" (one in {step} of its {len(front)} trials)"
-    return md.join(f"The front, by rising rate{every}:", md.table(list(columns.values()), rows))
 
 
 # Shared parts

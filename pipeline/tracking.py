@@ -18,17 +18,13 @@ import logging
 import math
 import os
 import queue
-import re
 import shutil
-import socket
-import sqlite3
 import sys
 import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -39,19 +35,20 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from pipeline import databases
 from pipeline.artifacts import ArtifactError, Folders, main_checkout, read_json, read_table, read_tensors, sha256
-from pipeline.config import CONFIG_FOLDER, Scalar, VaesweepError, chooses, claims_about, load_study
+from pipeline.config import CONFIG_FOLDER, Model, Scalar, VaesweepError, chooses, claims_about, load_study
 from pipeline.model import Autoencoder
+from pipeline.searches import load_search
 
 KEY = "run_key"
 PARENT = "parent"
 WRITING = "RUNNING"
+BEST = "best"  # tag, and alias in the registry
 
-SECONDS_TO_ANSWER = 5.0
+SECONDS_TO_ANSWER = databases.SECONDS_TO_ANSWER
 REQUEST_TIMEOUT = "10"
 CELLS_A_TURN = 256  # other writers wait some seconds
-LOCAL_DISKS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "tmpfs", "xfs", "zfs"}
-DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 POINTS_A_CALL = 800  # MLflow takes 1,000 metrics, params and tags in one call; beyond, it would write the tags first
 
 Reconstruction = tuple[nn.Module, Tensor]
@@ -79,6 +76,8 @@ class RunRecord:
     step: int = 0
     artifacts: Mapping[str, Path] = field(default_factory=dict)
     model: Callable[[], Reconstruction] | None = None
+    registered: str = ""
+    """Under which name the model stands in the registry, with the alias `best`; none if empty."""
     status: Literal["finished", "diverged", "failed"] = "finished"
 
 
@@ -127,6 +126,7 @@ class Change:
     tags: dict[str, str]
     artifacts: dict[str, Path]
     model: Callable[[], Reconstruction] | None
+    registered: str
     status: str | None
 
     def __bool__(self) -> bool:
@@ -189,6 +189,7 @@ def _difference(record: RunRecord, versions: dict[str, str], run: StoredRun) -> 
         tags=tags,
         artifacts={path: source for path, source in record.artifacts.items() if path in stale},
         model=record.model if "model" in stale else None,
+        registered=record.registered,
         status=status if run.status != status else None,
     )
 
@@ -292,7 +293,7 @@ class MlflowTracker(_Publisher):
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[None]:
-        with _one_line_errors(self.uri), _one_writer(self.uri), _quick_commits(self.uri), _no_full_collections():
+        with _one_line_errors(self.uri), _one_writer(self.uri), databases.quick_commits(self.uri), _no_full_collections():
             self._client = self._client or _connect(self.uri)
             yield
 
@@ -321,7 +322,9 @@ class MlflowTracker(_Publisher):
             log = self._client.log_artifacts if source.is_dir() else self._client.log_artifact
             log(run.id, str(source), path)
         if change.model is not None:
-            self._log_model(experiment_id, run.id, {**run.params, **change.params}, *change.model())
+            model_id = self._log_model(experiment_id, run.id, {**run.params, **change.params}, *change.model())
+            if change.registered:
+                self._register(change.registered, model_id, run.id)
         self._log_batches(run, change)
         if change.status:
             self._client.set_terminated(run.id, change.status)
@@ -336,7 +339,21 @@ class MlflowTracker(_Publisher):
         params = [Param(name, value) for name, value in change.params.items()]
         self._client.log_batch(run.id, points, params, [RunTag(name, value) for name, value in change.tags.items()])
 
-    def _log_model(self, experiment_id: str, run_id: str, params: dict[str, str], module: nn.Module, example: Tensor) -> None:
+    def _register(self, name: str, model_id: str, run_id: str) -> None:
+        """Makes a logged model the newest version of a registered one, and the one that the alias `best` names."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            self._client.create_registered_model(name)
+        source = self._client.get_logged_model(model_id).artifact_location
+        version = self._client.create_model_version(name, source, run_id, model_id=model_id).version
+        self._client.set_registered_model_alias(name, BEST, version)
+
+    def _log_model(self, experiment_id: str, run_id: str, params: dict[str, str], module: nn.Module, example: Tensor) -> str:
         # `mlflow.pytorch.log_model` needs an active run and the process-wide store; these are the calls that it makes.
         from mlflow.entities import LoggedModelOutput
 
@@ -348,6 +365,7 @@ class MlflowTracker(_Publisher):
             self._client.log_model_artifacts(model_id, f"{folder}/model")
         self._client.finalize_logged_model(model_id, "READY")
         self._client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+        return model_id
 
 
 def _stored(run: Any) -> StoredRun:
@@ -380,11 +398,7 @@ def tracking_uri() -> str:
     """Where runs are kept: `MLFLOW_TRACKING_URI`, else `mlflow.db` in the main checkout."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
-    return _sqlite_uri(main_checkout() / "mlflow.db")
-
-
-def _sqlite_uri(path: Path) -> str:
-    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
+    return databases.sqlite_uri(main_checkout() / "mlflow.db")
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:
@@ -392,69 +406,15 @@ def _artifact_location(uri: str, experiment: str) -> str | None:
     return None if uri.startswith("http") else (main_checkout() / "mlartifacts" / experiment).as_uri()
 
 
-def _sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite store, as SQLite names it."""
-    from sqlalchemy.engine import make_url
-
-    database = make_url(uri).database if uri.startswith("sqlite") else None
-    return Path(database).resolve() if database and not database.startswith((":memory:", "file:")) else None
-
-
 @contextlib.contextmanager
 def _one_writer(uri: str) -> Iterator[None]:
     """One writer at a time creates the database, and looks for a run before it creates it."""
-    database = _sqlite_file(uri)
+    database = databases.sqlite_file(uri)
     path = Path(f"{database}.lock") if database else main_checkout() / ".vaesweep" / "tracking.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def _quick_commits(uri: str) -> Iterator[None]:
-    """Writes to SQLite through a write-ahead log, and leaves the database's file whole without the log.
-
-    A commit then waits for no disk, and a UI that reads neither waits nor is waited for. A power cut may take the last commits,
-    never the database; the next `publish` writes them again. Hosts that share a network disk cannot share a log: there MLflow's
-    own way stays.
-    """
-    database = _sqlite_file(uri)
-    if database is None or not _on_local_disk(database):
-        yield
-        return
-    _write_ahead(str(database))
-    yield
-    if database.is_file():
-        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database, timeout=1)) as connection:
-            _pragma(connection, "wal_checkpoint(TRUNCATE)")
-
-
-def _on_local_disk(path: Path) -> bool:
-    import psutil
-
-    kinds = {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
-    return next((kinds[folder] for folder in path.parents if folder in kinds), None) in LOCAL_DISKS
-
-
-@cache
-def _write_ahead(database: str) -> None:
-    """Makes every later connection of this process to the database use the log."""
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
-
-    def prepare(connection: Any, _: Any) -> None:
-        if not isinstance(connection, sqlite3.Connection):
-            return
-        with contextlib.suppress(sqlite3.Error):  # it is locked just now, or no database, which MLflow finds out too
-            if _pragma(connection, "database_list")[2] == database and _pragma(connection, "journal_mode=WAL") == ("wal",):
-                _pragma(connection, "synchronous=NORMAL")
-
-    event.listen(Engine, "connect", prepare)
-
-
-def _pragma(connection: sqlite3.Connection, text: str) -> Any:
-    return connection.execute(f"PRAGMA {text}").fetchone()
 
 
 @contextlib.contextmanager
@@ -491,16 +451,13 @@ def _connect(uri: str) -> Any:
     """A client of a store that answers."""
     mlflow = _mlflow()
     parts = urlsplit(uri)
-    port = DATABASE_PORTS.get(parts.scheme.split("+")[0])
-    if port and parts.hostname:  # mlflow would try for minutes
-        address = (parts.hostname, parts.port or port)
-        _within(SECONDS_TO_ANSWER, lambda: socket.create_connection(address).close())
-    if database := _sqlite_file(uri):
+    databases.check_answers(uri, SECONDS_TO_ANSWER)
+    if database := databases.sqlite_file(uri):
         _create(database)
     client = mlflow.MlflowClient(uri)
     if parts.scheme in ("http", "https"):
         patient = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] != REQUEST_TIMEOUT
-        _within(None if patient else SECONDS_TO_ANSWER, lambda: client.search_experiments(max_results=1))
+        databases.within(None if patient else SECONDS_TO_ANSWER, lambda: client.search_experiments(max_results=1))
     return client
 
 
@@ -510,26 +467,9 @@ def _create(database: Path) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         begun, copy = Path(folder, "mlflow.db"), Path(f"{database}.new")
-        _mlflow().MlflowClient(_sqlite_uri(begun))
+        _mlflow().MlflowClient(databases.sqlite_uri(begun))
         shutil.copyfile(begun, copy)
         os.replace(copy, database)
-
-
-def _within(seconds: float | None, call: Callable[[], Any]) -> None:
-    """Calls, and waits no longer than that, though looking up a name knows no limit of its own."""
-    outcome: Future = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(call())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        outcome.result(seconds)
-    except TimeoutError as error:
-        raise TimeoutError(str(error) or f"no answer within {seconds:g} s") from error
 
 
 @contextlib.contextmanager
@@ -539,17 +479,7 @@ def _one_line_errors(uri: str) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, _refusals()):
             raise
-        raise TrackingError(_without_password(f"MLflow at {uri}: {_reason(error)}")) from error
-
-
-def _reason(error: BaseException) -> str:
-    """What the system said, where it said something; else what MLflow says, in one line."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.strerror:
-            return str(link)
-        link = link.__cause__ or link.__context__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise TrackingError(databases.without_password(f"MLflow at {uri}: {databases.reason(error)}")) from error
 
 
 def _refusals() -> tuple[type[BaseException], ...]:
@@ -558,10 +488,6 @@ def _refusals() -> tuple[type[BaseException], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return (MlflowException, SQLAlchemyError, OSError, ImportError)
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"(://[^/\s:@]*):[^/\s]*@", r"\1@", text)
 
 
 @dataclass(frozen=True)
@@ -576,7 +502,7 @@ def sync(
     tracker: Tracker,
     studies: Iterable[str],
     searches: Iterable[str] = (),
-    reconstruction: Callable[[str, str], Reconstruction] | None = None,
+    reconstruction: Callable[[Path, Model], Reconstruction] | None = None,
 ) -> Synced:
     """Publishes everything on disk of the named studies and searches. Raises TrackingError.
 
@@ -584,7 +510,7 @@ def sync(
     """
     changed, notes = {}, []
     readers = [(name, partial(study_records, name, reconstruction)) for name in studies]
-    for name, read in [*readers, *((name, partial(search_records, name)) for name in searches)]:
+    for name, read in [*readers, *((name, partial(search_records, name, reconstruction)) for name in searches)]:
         try:
             parent, records = read()
         except ArtifactError as error:
@@ -671,10 +597,9 @@ class Background:
         return cell_ids
 
 
-def load_reconstruction(study: str, cell_id: str) -> Reconstruction:
-    """The trained cell as a module of torch's own parts, and an example of its input. Raises ArtifactError."""
-    state = read_tensors(Folders(study).train / "weights" / f"{cell_id}.safetensors")
-    config = load_study(study).model
+def load_reconstruction(weights: Path, config: Model) -> Reconstruction:
+    """A trained cell as a module of torch's own parts, and an example of its input. Raises ArtifactError."""
+    state = read_tensors(weights)
     features, latent_dim = state[f"decoder.{2 * len(config.hidden)}.weight"].shape[0], state["mean.weight"].shape[0]
     cell = Autoencoder(config, features, latent_dim)
     cell.load_state_dict(state)
@@ -688,7 +613,7 @@ def ui_command(host: str, port: int) -> list[str]:
 
 
 def study_records(
-    name: str, reconstruction: Callable[[str, str], Reconstruction] | None = None, trained: Trained | None = None
+    name: str, reconstruction: Callable[[Path, Model], Reconstruction] | None = None, trained: Trained | None = None
 ) -> tuple[ParentRecord, list[RunRecord]]:
     """The runs of a study, from the files that its stages have left so far; with `trained`, those of its cells.
 
@@ -797,7 +722,7 @@ def _name(params: dict[str, Scalar]) -> str:
     return " ".join([str(params["arm"]), *words])
 
 
-def _with_pictures(study: str, record: RunRecord, reconstruction: Callable[[str, str], Reconstruction] | None) -> RunRecord:
+def _with_pictures(study: str, record: RunRecord, reconstruction: Callable[[Path, Model], Reconstruction] | None) -> RunRecord:
     """Cells that have pictures are the best ones: they get them, their weights and a model."""
     pictures = Folders(study).evaluate / "pictures" / record.key
     weights = Folders(study).train / "weights" / f"{record.key}.safetensors"
@@ -805,35 +730,54 @@ def _with_pictures(study: str, record: RunRecord, reconstruction: Callable[[str,
     record = replace(record, tags={**record.tags, "best": _text(best)})
     if not best:
         return record
-    build = partial(reconstruction, study, record.key) if reconstruction else None
+    build = partial(reconstruction, weights, load_study(study).model) if reconstruction else None
     return replace(record, artifacts={"pictures": pictures, "weights": weights}, model=build)
 
 
-def search_records(name: str) -> tuple[ParentRecord, list[RunRecord]]:
-    """The trials of a search, from the files that it has left. Raises ArtifactError where it has not run."""
+def search_records(
+    name: str, reconstruction: Callable[[Path, Model], Reconstruction] | None = None
+) -> tuple[ParentRecord, list[RunRecord]]:
+    """The trials of a search, from the files that it has left. Raises ArtifactError where it has not run.
+
+    Cells of the grid, with which it began, have their runs in the experiment of their study.
+    """
     folder = Folders(name).search
-    trials = read_table(folder / "trials.csv")
-    about = read_json(folder / "about.json")
+    trials, about = read_table(folder / "trials.csv"), read_json(folder / "about.json")
     curves = _curves(read_table(folder / "history.csv"))
-    records = [_trial_record(name, row, about, curves.get(row["cell_id"])) for row in trials.to_dict("records")]
-    return _parent(name, "search", about, folder / "trials.csv"), records
+    own = trials[trials["state"] != "grid"]
+    records = [_trial_record(name, row, about, curves.get(row["cell_id"])) for row in own.to_dict("records")]
+    if reconstruction:
+        search, study = load_search(name)
+        model = search.settled(study)[1]
+        records = [_with_model(folder, record, partial(reconstruction, config=model)) for record in records]
+    parent = _parent(name, "search", about, folder / "trials.csv")
+    return replace(parent, artifacts={**parent.artifacts, "pictures": folder / "pictures"}), records
 
 
 def _trial_record(search: str, row: dict[str, Any], about: dict[str, Any], curves: pd.DataFrame | None) -> RunRecord:
-    asked = {"beta": row["beta"], "l2": row["l2"]} | {
-        key: about[key] for key in ("latent_dim", "learning_rate", "seed", "updates")
-    }
-    shown = _tags(row, "cell_id", "number", "state", "unconverged", "on_front", "batch")
-    tags = {"search": search, "study": about["study"], **shown}
+    settings = {name: row[name] for name in about["settings"]}
+    shown = _tags(row, "cell_id", "trial", "state", "unconverged", "on_front", "batch", BEST)
+    status = "failed" if row["state"] == "failed" else "finished"
+    values = {name: row[name] for name in about["objectives"]}
     return RunRecord(
-        key=f"{row['cell_id']}-{row['number']}",  # a trial that was retried has the cell of another one
-        name=f"trial {row['number']} β={row['beta']:.3g} λ={row['l2']:.3g}",
-        params=_params(asked),
-        tags=tags,
+        key=f"{row['cell_id']}-{row['trial']:.0f}",  # two trials may be one cell
+        name=f"trial {row['trial']:.0f} " + _name(_params(settings)),
+        params=_params({**settings, "seed": about["seed"], "updates": about["updates"]}),
+        tags={"search": search, "study": about["study"], "updates_reached": _text(row["updates"]), **shown},
         curves=curves,
-        metrics={"search/distortion": row["distortion"], "search/rate": row["rate"]},
-        step=int(about["updates"]),
-        status="finished" if row["state"] == "complete" else "failed",
+        metrics=_numbers({**values, "search/score": row["score"]}),
+        step=int(row["updates"]),
+        status=status,
+    )
+
+
+def _with_model(folder: Path, record: RunRecord, reconstruction: Callable[[Path], Reconstruction]) -> RunRecord:
+    """The winner gets its weights and a model, registered under the search's name."""
+    if record.tags[BEST] != "true":
+        return record
+    weights = folder / "weights" / f"{record.tags['cell_id']}.safetensors"
+    return replace(
+        record, artifacts={"weights": weights}, model=partial(reconstruction, weights), registered=record.tags["search"]
     )
 
 

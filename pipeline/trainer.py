@@ -26,6 +26,10 @@ HISTORY = ("train_loss", "train_reconstruction", "train_penalty")
 HISTORY += tuple(name.replace("train", "validation") for name in HISTORY)
 
 
+RECORDED = ("history", "diverged_at", "best_update", "best_loss")
+"""Parts of a stack's state that say how training went."""
+
+
 def factor(schedule: Schedule, update: int, updates: int) -> float:
     """The schedule's factor before update number `update` (0-based) of `updates`."""
     share = min(1.0, update / updates / schedule.over)
@@ -327,10 +331,9 @@ def history_updates(train: Train) -> list[int]:
 
 def records(state: Mapping[str, Tensor], train: Train, update: int) -> list[dict[str, Any]]:
     """How the training of each row of a stack's state has gone up to `update`."""
-    names = ("history", "diverged_at", "best_update", "best_loss")
     points = [point for point in history_updates(train) if point <= update]
     status = "finished" if update == train.updates else "unfinished"
-    return [_record(*row, points, status) for row in zip(*(state[name].tolist() for name in names), strict=True)]
+    return [_record(*row, points, status) for row in zip(*(state[name].tolist() for name in RECORDED), strict=True)]
 
 
 def _record(

@@ -35,7 +35,7 @@ def make_stack(make_cell):
         model = Model(hidden=(8,), likelihood=likelihood)
         study = Study(title="t", data=Data(name="made"), model=model, grid=grid, train=budget, evaluate=evaluate or Evaluate())
         net = StackedAutoencoder(cells, data.features).initialise()
-        return Measured(TrainedStack([str(row) for row in range(len(cells))], net, 0), Reference(data, 0, study))
+        return Measured(TrainedStack([str(row) for row in range(len(cells))], net, 0), Reference(data, 0, study.evaluate))
 
     return make
 

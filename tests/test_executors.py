@@ -171,7 +171,11 @@ def test_survivors_of_several_stacks_go_on_as_one_and_end_bit_identical(executor
 def test_cells_that_stand_at_a_rung_already_are_not_trained_again(tmp_path, data, wanted):
     store = CellStore(tmp_path)
     list(Inline(store, RUNTIME).run(wanted, data, until=20))
-    assert list(Inline(store, RUNTIME).run(wanted, data, until=20)) == list(Inline(store, RUNTIME).run(wanted, data, until=8)) == []
+    assert (
+        list(Inline(store, RUNTIME).run(wanted, data, until=20))
+        == list(Inline(store, RUNTIME).run(wanted, data, until=8))
+        == []
+    )
 
 
 def test_a_stack_that_does_not_fit_is_halved(tmp_path, data, wanted, monkeypatch):

@@ -35,11 +35,15 @@ evaluate:
 SEARCH = """
 title: A tiny search
 study: tiny
-latent_dim: 3
-space: {beta: {low: 0.1, high: 10}, l2: {low: 1e-6, high: 1e-3}}
+space:
+  beta: {low: 0.1, high: 10}
+  latent_dim: 3
+objectives:
+  - {metric: validation/reconstruction, direction: down}
+  - {metric: validation/kl, direction: down}
+winner: {goal: {metric: validation/bce_elbo, direction: up}, seeds: [1, 2]}
 trials: 5
 batch: 2
-train: {updates: 30, history_points: 10, batch_size: 32}
 """
 
 

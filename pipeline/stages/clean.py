@@ -34,5 +34,5 @@ def _used() -> Iterator[str]:
     for name in settings.studies:
         study = load_study(name)
         yield from identify(cells(study), load_prepared(Folders(name).prepared, study.data).hashes, runtime)
-    for name in settings.searches:
+    for name in settings.every_search:
         yield from read_table(Folders(name).search / "trials.csv")["cell_id"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -25,12 +25,10 @@ from pipeline.artifacts import (
     write_tensors,
 )
 from pipeline.config import ARMS, load_settings, load_study
-from pipeline.evaluation import COMPONENTS, PATHS, POINTS, Measured, Reference, measured, noise_curves
+from pipeline.evaluation import COMPONENTS, Measured, Reference, measured, noise_curves, stack_size
 from pipeline.executors import find_runtime, keep_freed_memory
 from pipeline.grid import AXES, Cell
 
-STACK = 32  # cells that are measured together
-OUTPUTS = 2**26  # numbers that a stack's reconstructions may have
 PICTURED = 1000  # test rows in a scatter
 SHOWN_IMAGES = 50
 SAMPLES = 64
@@ -52,13 +50,17 @@ def run(name: str) -> None:
     pictured = _pictured(finished, set(best["cell_id"]), data)
     shutil.rmtree(folder, ignore_errors=True)
     rows: dict[str, Rows] = {"metrics": [], "latents": [], "noise": []}
-    references = [Reference(data, index, study) for index in range(len(data.points))]
-    for trained in trained_stacks(Folders(name), finished, data.features, device, _stack_size(data)):
+    references = [Reference(data, index, study.evaluate) for index in range(len(data.points))]
+    for trained in trained_stacks(Folders(name), finished, data.features, device, stack_size(data)):
         stack = Measured(trained, references[trained.dataset])
         for table, found in _rows(stack).items():
             rows[table] += found
         _save_shown(name, stack, set(best["cell_id"]), set(pictured["cell_id"]))
-    tables = {"best": best, "pictured": pictured, "pca": pd.DataFrame(row for each in references for row in _pca(each))}
+    tables = {
+        "best": best,
+        "pictured": pictured,
+        "pca": pd.DataFrame(row for each in references for row in _pca(each, study.grid.latent_dim)),
+    }
     tables["components"] = pd.DataFrame(row for each in references for row in _components(each))
     tables |= {table: _in_order(found, finished) for table, found in rows.items()}
     tables["metrics"] = tables["metrics"].merge(manifest[["cell_id", "unconverged"]], how="left")
@@ -69,12 +71,6 @@ def run(name: str) -> None:
     write_json(Folders(name).metrics, _means(tables["metrics"]))
     write_table(Folders(name).rate_distortion, _rate_distortion(tables["metrics"]))
     tracking.publish(studies=[name])
-
-
-def _stack_size(data: Prepared) -> int:
-    """Cells whose reconstructions and interpolations fit in memory together."""
-    rows = max(PATHS * POINTS, *(len(x) for x in data.x["test"]))
-    return max(1, min(STACK, OUTPUTS // (rows * data.features)))
 
 
 def _best(name: str, finished: pd.DataFrame) -> pd.DataFrame:
@@ -122,9 +118,9 @@ def _with(places: Rows, columns: Mapping[str, list]) -> Rows:
     return [{**place, **{name: values[row] for name, values in columns.items()}} for row, place in enumerate(places)]
 
 
-def _pca(reference: Reference) -> Iterator[dict[str, Any]]:
+def _pca(reference: Reference, dims: Sequence[int]) -> Iterator[dict[str, Any]]:
     """PCA of every latent dimension: the linear code that autoencoders should beat."""
-    for dim in sorted(set(reference.study.grid.latent_dim)):
+    for dim in sorted(dims):
         yield from ({**reference.point, "latent_dim": dim, **row} for row in _pca_rows(reference, dim))
 
 
@@ -144,7 +140,7 @@ def _components(reference: Reference) -> Iterator[dict[str, Any]]:
 
 def _pca_rows(reference: Reference, dim: int) -> Iterator[dict[str, Any]]:
     pca, x = reference.pca(dim), reference.x["test"].cpu()
-    levels = [(noise.kind, level) for noise in reference.study.evaluate.noise for level in noise.levels]
+    levels = [(noise.kind, level) for noise in reference.evaluate.noise for level in noise.levels]
     for kind, level in [(None, 0.0), *levels]:
         noisy = reference.noisy(kind, level, reference.data.unit_range).cpu() if kind else x
         found = metrics.pca_reconstruction(pca, noisy)

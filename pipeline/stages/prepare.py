@@ -7,11 +7,13 @@ import contextlib
 from pipeline import datasets
 from pipeline.artifacts import Folders, main_checkout, save_prepared
 from pipeline.config import CONFIG_FOLDER, ConfigError, load_settings, load_study
+from pipeline.searches import load_search
 
 
 def run(name: str) -> None:
     """Writes `data/prepared/<name>/`. Raises ConfigError, naming the study's file, and DatasetError."""
-    settings, data = load_settings(), load_study(name).data
+    settings = load_settings()
+    data = load_search(name)[0].data if name in settings.searches_alone else load_study(name).data
     try:
         built = datasets.build(data, datasets.data_root(settings.data_root, main_checkout()))
         save_prepared(Folders(name).prepared, data, built)

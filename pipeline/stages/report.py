@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline import artifacts, claims, config, drawing, figures, grid, intervals, ledger, results, sections
+from pipeline import artifacts, claims, config, drawing, figures, grid, intervals, ledger, results, search_sections, sections
 from pipeline import markdown as md
 from pipeline.results import Gallery, SearchResults, StudyResults
 
@@ -52,15 +52,15 @@ def run() -> None:
     settings = config.load_settings()
     folder = Path(settings.reports)
     studies = [results.load_study(name, folder) for name in settings.studies]
-    searches = [results.load_search(name, folder) for name in settings.searches]
+    searches = [results.load_search(name, folder) for name in settings.every_search]
     known = {name: config.load_study(name) for name in settings.known_studies}
     entries = claims.ledger(known, {of_study.name: of_study.measured for of_study in studies if len(of_study.metrics)})
     shutil.rmtree(folder / "figures", ignore_errors=True)  # or a removed study's pictures would stay
     gallery = Gallery(folder, "all")
     parts = [
         _head(studies, searches, ledger.section(entries, _ledger_figure(entries, gallery)) if entries else ""),
-        *(sections.study_section(results, searches, _of(entries, results.name), known) for results in studies),
-        *(sections.search_section(results) for results in searches),
+        *(sections.study_section(results, _of(entries, results.name), known) for results in studies),
+        *(search_sections.section(results) for results in searches),
         ledger.identities_section(gallery),
         *(_problems(studies), _training(studies, gallery), _tracking(studies[0].name), _versions(studies)),
     ]
@@ -89,12 +89,13 @@ def _ledger_figure(entries: Sequence[claims.Entry], gallery: Gallery) -> str:
 def _head(studies: Sequence[StudyResults], searches: Sequence[SearchResults], ledger_of_claims: str) -> str:
     header = ["study", "dataset", "cells", "seeds", "updates", "parameters", "diverged", "unconverged", "missing"]
     short = [sentence for results in studies for sentence in sections.headlines(results)]
+    short += [sentence for results in searches if (sentence := search_sections.headline(results))]
     return md.join(
         "# vaesweep: what the sweeps show",
         ledger_of_claims,
         "## What was run",
         md.table(header, [_run_row(results) for results in studies]),
-        *(_search_line(results) for results in searches),
+        *(search_sections.line(results) for results in searches),
         WHAT_COUNTS,
         HOW_TO_READ,
         "## In short" if short else "",
@@ -109,12 +110,6 @@ def _run_row(results: StudyResults) -> list[str]:
     numbers = [study.size, len(study.grid.seed), study.train.updates, results.about["parameters"]]
     names = [f"[`{results.name}`](#{results.name.lower()})", f"`{study.data.name}`"]
     return [*names, *map(md.count, [*numbers, diverged, unconverged, len(_missing(results))])]
-
-
-def _search_line(results: SearchResults) -> str:
-    search = results.search
-    link = f"[`{results.name}`](#{results.name.lower()})"
-    return f"Search {link}: {len(results.trials)} trials of {md.count(search.train.updates)} updates on `{search.study}`."
 
 
 # Cells to be wary of

@@ -1,202 +1,260 @@
-"""`search`: Optuna over KL weights. A batch of trials is asked, trained as one stack, and told; never one after another."""
+"""`search`: Optuna over a space of settings. A batch of trials is drawn, trained as stacks, halved at rungs, and told."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from pipeline import tracking
-from pipeline.artifacts import CellStore, Folders, Prepared, load_prepared, main_checkout, write_json, write_table
-from pipeline.config import Search, Study, VaesweepError, load_search, load_settings, load_study
-from pipeline.executors import Advance, find_runtime, local_executor
-from pipeline.grid import ENGINE_VERSION, Cell, Runtime, cell_id
-from pipeline.trainer import unconverged
+from pipeline import drawing, halving, search_figures, tracking
+from pipeline.artifacts import CellStore, Folders, Prepared, kept_stacks, link, load_prepared, write_json, write_table
+from pipeline.config import CONFIG_FOLDER, Settings, Study, load_settings
+from pipeline.evaluation import stack_size
+from pipeline.executors import Interrupted, find_runtime, keep_freed_memory, local_executor
+from pipeline.goals import Judge, Values
+from pipeline.grid import ENGINE_VERSION, Cell, cells, identify
+from pipeline.searches import Search, load_search
+from pipeline.trainer import RECORDED, records, unconverged
+from pipeline.trials import GRID, SETTINGS, Batch, SearchError, Standing, Trials, open_storage, storage_url
 
-if TYPE_CHECKING:
-    import optuna
+WAITED = 0.5  # seconds between looks at what other searchers do
+WINNER = "winner"
 
-DISTORTION, RATE = "validation_reconstruction", "validation_penalty"
-MOST_ASKED = 3  # trials that are asked at most, as a multiple of the target count
-
-
-class SearchError(VaesweepError):
-    """A search that cannot reach its target count."""
+Stop = Callable[[], int | None]
 
 
-def run(name: str, show: Callable[[str, Iterable[Advance]], None], stop: Callable[[], int | None] = lambda: None) -> None:
+class Step(NamedTuple):
+    """How far a search is: its trials, what it does, and about which share of its work is done."""
+
+    standing: Standing
+    doing: str
+    share: float
+
+
+Show = Callable[[str, Iterable[Step]], None]
+"""Drives a search by taking every Step, and shows it under a name."""
+
+
+def run(name: str, show: Show, stop: Stop = lambda: None) -> None:
     """Writes `runs/<name>/search/`. Raises VaesweepError; Interrupted where `stop` answers a signal's number."""
-    settings, search = load_settings(), load_search(name)
-    study = load_study(search.study)
-    data, runtime, store = load_prepared(Folders(search.study).prepared, study.data), find_runtime(settings), CellStore()
-    if len(data.hashes) > 1:
-        raise SearchError(f"configs/{name}.yaml: study: must have one dataset, but '{search.study}' has {len(data.hashes)}")
-    with store.lock(f"search {name}"):
-        trials = Trials(name, search, study, data, runtime)
-        executor = local_executor(store, runtime, settings.stack_size, stop)
-        show(name, executor.run(trials.told(), data))  # cells of earlier trials, if somebody emptied the store
-        while batch := trials.running() or trials.ask():
-            show(f"{name} {trials.finished + len(batch)}/{search.trials}", executor.run(batch, data))
-            trials.tell(store)
-        _write(name, search, trials, store, runtime)
+    settings, (search, study) = load_settings(), load_search(name)
+    spec, _, _ = search.settled(study)
+    data = load_prepared(Folders(search.study or name).prepared, spec)
+    keep_freed_memory()
+    store = CellStore()
+    with store.lock(f"search {name}", shared=True), open_storage(storage_url(search)) as storage:
+        hunt = Hunt(name, search, study, data, settings, store, storage, stop)
+        hunt.check()
+        with hunt.trials.searcher:
+            show(name, hunt.steps())
+        with store.lock(f"results of search {name}", file=f"{name}.lock", wait=True):
+            _write(hunt)
     tracking.publish(searches=[name])
 
 
-class Trials:
-    """The trials of one search in Optuna's storage, and the cells that they are.
+class Hunt:
+    """One search, from its first trial to the winner on other seeds."""
 
-    What an interrupted start left running is trained and told by the next one, so a search ends as if nothing had stopped it.
-    """
+    def __init__(
+        self,
+        name: str,
+        search: Search,
+        study: Study | None,
+        data: Prepared,
+        settings: Settings,
+        store: CellStore,
+        storage: Any,
+        stop: Stop,
+    ):
+        self.name, self.search, self.study, self.data, self.store, self.stop = name, search, study, data, store, stop
+        self.runtime = find_runtime(settings)
+        self.executor = local_executor(store, self.runtime, settings.stack_size, stop)
+        _, self.model, self.train = search.settled(study)
+        self.trials = Trials(name, search, self.model, self.train, data.hashes[0], self.runtime, storage, store)
+        self.goals = list(dict.fromkeys([*search.objectives, search.chooses]))
+        self.on_device = data.to(self.runtime.device)
+        self.judge = Judge(self.on_device, self.goals)
+        grid = identify(cells(study), data.hashes, self.runtime) if study else {}
+        self.grid = {key: cell for key, cell in grid.items() if key in store and self._is_sound(key)}
 
-    def __init__(self, name: str, search: Search, study: Study, data: Prepared, runtime: Runtime):
-        self.search, self.model, self.data_hash, self.runtime = search, study.model, data.hashes[0], runtime
-        self.sigma2 = study.grid.sigma2[0] if study.model.likelihood == "gaussian" else None
-        self.study = self._open(name)
-        for trial in self._in_state("RUNNING"):
-            if "cell_id" not in trial.user_attrs:  # it was interrupted while its parameters were drawn
-                self.study.tell(trial.number, state=trial.state.FAIL)
+    def check(self) -> None:
+        """Whether these data and every arm of the space have the goals. Raises SearchError."""
+        for arm in self.search.space.arm.values:
+            cell = self.trials.cell({name: item.corners[0] for name, item in self.search.space.varied.items()} | {"arm": arm})
+            if lacking := self.judge.lacking(cell):
+                where = f"arm '{arm}' on '{self.data.description['name']}'"
+                raise SearchError(f"{CONFIG_FOLDER / self.name}.yaml: objectives: {where} has no {lacking[0].metric}")
 
-    def _open(self, name: str) -> optuna.Study:
-        """The study in Optuna's storage; another recipe is another study. Raises SearchError."""
-        import optuna
-        from sqlalchemy.exc import SQLAlchemyError
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        recipe = [
-            self.search.model_dump(mode="json", exclude={"title", "trials"}),
-            self.model.model_dump(mode="json"),
-            self.data_hash,
-            [self.runtime.device, ".".join(self.runtime.torch.split(".")[:2]), self.runtime.precision, ENGINE_VERSION],
-        ]
-        path = main_checkout() / "optuna.db"
-        try:
-            return optuna.create_study(
-                storage="sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F"),
-                study_name=f"{name}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]}",
-                directions=["minimize", "minimize"],
-                load_if_exists=True,
-            )
-        except (SQLAlchemyError, RuntimeError, optuna.exceptions.OptunaError) as error:
-            raise SearchError(f"{path}: cannot be opened: {str(error).splitlines()[0]}") from error
-
-    def _in_state(self, *names: str) -> list[optuna.trial.FrozenTrial]:
-        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.name in names]
-
-    def _sampler(self) -> optuna.samplers.BaseSampler:
-        """A sampler for one batch, seeded by how many trials went before: a resumed search goes on as it would have."""
-        import optuna.samplers as samplers
-
-        seed = self.search.sampler.seed + len(self.study.trials)
-        return {
-            "tpe": lambda: samplers.TPESampler(seed=seed, n_startup_trials=self.search.batch, constant_liar=True),
-            "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=self.search.batch),
-            "qmc": lambda: samplers.QMCSampler(seed=self.search.sampler.seed, qmc_type="sobol", scramble=True),
-            "random": lambda: samplers.RandomSampler(seed=seed),
-        }[self.search.sampler.kind]()
-
-    @property
-    def finished(self) -> int:
-        """How many trials have values."""
-        return len(self._in_state("COMPLETE"))
-
-    def told(self) -> dict[str, Cell]:
-        """Cells of the finished trials, by id."""
-        return {trial.user_attrs["cell_id"]: self._cell(trial.params) for trial in self._in_state("COMPLETE")}
-
-    def running(self) -> dict[str, Cell]:
-        """Cells of the trials that were asked and not told, by id."""
-        return {trial.user_attrs["cell_id"]: self._cell(trial.params) for trial in self._in_state("RUNNING")}
-
-    def ask(self) -> dict[str, Cell]:
-        """The next batch of trials as cells by their ids; nothing once the target count is finished."""
-        wanted = min(self.search.batch, self.search.trials - self.finished)
-        asked = len(self.study.trials)
-        if wanted > 0 and asked + wanted > MOST_ASKED * self.search.trials + self.search.batch:
-            raise SearchError(f"{self.study.study_name}: {asked} trials gave only {self.finished} finished ones")
-        self.study.sampler = self._sampler()
-        for _ in range(wanted):
-            self._ask(batch=asked)
-        return self.running()
-
-    def _ask(self, batch: int) -> None:
-        trial, space = self.study.ask(), self.search.space
-        for name, limits in (("beta", space.beta), ("l2", space.l2)):
-            if limits:
-                trial.suggest_float(name, limits.low, limits.high, log=True)
-        trial.set_user_attr("batch", batch)
-        trial.set_user_attr("cell_id", cell_id(self._cell(trial.params), self.data_hash, self.runtime))
-
-    def _cell(self, params: dict[str, float]) -> Cell:
-        search = self.search
-        return Cell(
-            arm_name=search.arm,
-            beta=params["beta"],
-            latent_dim=search.latent_dim,
-            l2=params.get("l2", 0.0),
-            sigma2=self.sigma2,
-            learning_rate=search.learning_rate,
-            seed=search.seed,
-            dataset=0,
-            model=self.model,
-            train=search.train,
-        )
-
-    def tell(self, store: CellStore) -> None:
-        """Distortion and rate of the kept weights on the validation set; a diverged trial is failed."""
-        for trial in self._in_state("RUNNING"):
-            record = store.record(trial.user_attrs["cell_id"])
-            history = record["history"]
-            if record["status"] == "diverged":
-                self.study.tell(trial.number, state=trial.state.FAIL)
+    def steps(self) -> Iterator[Step]:
+        """Trains until the target count is finished; then the winner and the grid's best setting on the winner's seeds."""
+        yield self._step("reading the grid")
+        self._begin_with_the_grid()
+        while not self.trials.standing().reached:
+            if batch := self.trials.take_over() or self.trials.ask():
+                yield from self._train(batch)
+            elif self.trials.standing().running:
+                yield self._step("waiting for other searchers")
+                self._wait()
             else:
-                point = history["update"].index(record["evaluated_update"])
-                self.study.tell(trial.number, [history[objective][point] for objective in (DISTORTION, RATE)])
+                break  # the sampler's grid has no further point
+        self.winner, self.rival = self.trials.winner(), self._rival()
+        compared = self.seeds(self.winner) | self.seeds(self.rival) | self.identified([self.winner])
+        for _ in self.executor.run(compared, self.data):
+            yield self._step("winner and grid on other seeds", 1.0)
 
-    def table(self, store: CellStore) -> pd.DataFrame:
-        """One row a trial, in the order in which they were asked."""
-        front = {trial.number for trial in self.study.best_trials}
-        ended = [trial for trial in self._in_state("COMPLETE", "FAIL") if "cell_id" in trial.user_attrs]
-        return pd.DataFrame([self._row(trial, front, store) for trial in ended])
+    def _step(self, doing: str, share: float = 0.0) -> Step:
+        """`share` is that of the running batch."""
+        standing = self.trials.standing()
+        in_batch = min(self.search.batch, standing.target - standing.ended)
+        return Step(standing, doing, min(1.0, (standing.ended + share * in_batch) / standing.target))
 
-    def _row(self, trial: optuna.trial.FrozenTrial, front: set[int], store: CellStore) -> dict[str, Any]:
-        distortion, rate = trial.values or (None, None)
-        return {
-            "number": trial.number,
-            "cell_id": trial.user_attrs["cell_id"],
-            "state": "complete" if trial.values else "failed",
-            "beta": trial.params["beta"],
-            "l2": trial.params.get("l2", 0.0),
-            "distortion": distortion,
-            "rate": rate,
-            "on_front": trial.number in front,
-            "unconverged": unconverged(store.record(trial.user_attrs["cell_id"])),
-            "batch": trial.user_attrs["batch"],
-        }
+    def _wait(self) -> None:
+        time.sleep(WAITED)
+        if number := self.stop():
+            raise Interrupted(number)
+
+    # The grid
+
+    def _begin_with_the_grid(self) -> None:
+        params = self.trials.inside(self.grid)
+        values = self._values({key: self.grid[key] for key in params})
+        self.trials.add_from_grid(self.search.study or "", params, self._objectives(values))
+
+    def _rival(self) -> Cell | None:
+        """The grid's best setting, by its mean over seeds of what chooses the winner, on validation data."""
+        judge = Judge(self.on_device, [self.search.chooses])
+        scores = {key: values[0] for key, values in judge.values(self._kept(self.grid)).items()}
+        rows = [{"key": key, "score": score, "setting": str(replace(self.grid[key], seed=0))} for key, score in scores.items()]
+        table = pd.DataFrame(rows, columns=["key", "score", "setting"]).dropna()
+        if table.empty:
+            return None
+        means = table.groupby("setting")["score"].mean()
+        best = means.idxmax() if self.search.chooses.maximised else means.idxmin()
+        return self.grid[table.loc[table["setting"] == best, "key"].iloc[0]]
+
+    def seeds(self, cell: Cell | None) -> dict[str, Cell]:
+        """A setting on the winner's seeds, by id."""
+        return self.identified([replace(cell, seed=seed) for seed in self.search.winner.seeds] if cell else [])
+
+    def identified(self, wanted: Sequence[Cell]) -> dict[str, Cell]:
+        return identify(wanted, self.data.hashes, self.runtime)
+
+    # A batch
+
+    def _train(self, batch: Batch) -> Iterator[Step]:
+        """From rung to rung, where some leave, to the end."""
+        rungs = [*self.trials.rungs, self.train.updates]
+        costs = halving.costs(batch.size, self.search.halving or 1, rungs)
+        for number, update in enumerate(rungs):
+            decision = self.trials.decision(batch, update)
+            for advance in self.executor.run({} if decision else batch.cells, self.data, update):
+                done = sum(costs[:number]) + costs[number] * advance.updates_done / advance.updates
+                yield self._step(f"batch of {batch.size}: {len(batch.running)} to update {update}", done / sum(costs))
+            if update < self.train.updates:
+                self._leave(batch, decision or self._decide(batch, update))
+        self._finish(batch)
+
+    def _decide(self, batch: Batch, update: int) -> dict[str, Any]:
+        sound = {key: cell for key, cell in batch.cells.items() if self._record(key, cell)["status"] != "diverged"}
+        return self.trials.decide(batch, update, self._objectives(self._values(sound)))
+
+    def _leave(self, batch: Batch, decision: Mapping[str, Any]) -> None:
+        leaving = self.trials.leaving(batch, decision)
+        for member in leaving:
+            self.store.save_unfinished(member.key, self._record(member.key, member.cell))
+        self.trials.leave(batch, leaving, decision)
+        self.store.release(ended={member.key for member in leaving} - batch.cells.keys())
+
+    def _finish(self, batch: Batch) -> None:
+        sound = {key: cell for key, cell in batch.cells.items() if self._is_sound(key)}
+        values, chooses = self._values(sound), self.goals.index(self.search.chooses)
+        notes = {key: {"score": row[chooses], **self._ended(key)} for key, row in values.items()}
+        self.trials.finish(batch, self._objectives(values), notes)
+
+    def _ended(self, key: str) -> dict[str, Any]:
+        record = self.store.record(key)
+        return {"updates": record["updates"], "unconverged": unconverged(record)}
+
+    def _record(self, key: str, cell: Cell) -> dict[str, Any]:
+        """How a cell's training has gone so far."""
+        if key in self.store:
+            return self.store.record(key)
+        place = self.store.progress()[key]
+        return records(self.store.load_rows([place], names=RECORDED), cell.train, place.update)[0]
+
+    def _is_sound(self, key: str) -> bool:
+        return self.store.record(key)["status"] == "finished"
+
+    def _kept(self, wanted: Mapping[str, Cell]) -> Iterator[Any]:
+        return kept_stacks(self.store, wanted, self.data.features, self.runtime.device, stack_size(self.on_device))
+
+    def _values(self, wanted: Mapping[str, Cell]) -> Values:
+        """All goals of the kept weights, on validation data."""
+        return self.judge.values(self._kept(wanted))
+
+    def _objectives(self, values: Values) -> Values:
+        return {key: found[: len(self.search.objectives)] for key, found in values.items()}
 
 
-def _write(name: str, search: Search, trials: Trials, store: CellStore, runtime: Runtime) -> None:
-    folder = Folders(name).search
+# What is written
+
+
+def _write(hunt: Hunt) -> None:
+    folder, store = Folders(hunt.name).search, hunt.store
     shutil.rmtree(folder, ignore_errors=True)
-    table = trials.table(store)
-    write_table(folder / "trials.csv", table)
-    write_table(folder / "history.csv", store.history(dict.fromkeys(table["cell_id"])))
-    about = {
-        "search": name,
+    trials, rungs, weights = hunt.trials.table(), hunt.trials.rungs_table(), hunt.trials.importances()
+    keys = dict.fromkeys(trials.loc[trials["state"] != GRID, "cell_id"])
+    write_table(folder / "trials.csv", trials)
+    write_table(folder / "rungs.csv", rungs)
+    write_table(folder / "importances.csv", weights)
+    write_table(folder / "history.csv", store.history(key for key in keys if store.has_history(key)))
+    write_table(folder / "winner.csv", _compared(hunt))
+    (best,) = hunt.identified([hunt.winner])
+    link(store.weights_path(best), folder / "weights" / f"{best}.safetensors")
+    write_json(folder / "about.json", _about(hunt, trials))
+    for kind, picture in search_figures.all_of(hunt.search, trials, rungs, weights).items():
+        drawing.save(picture, folder / "pictures" / f"{kind}.png")
+
+
+def _compared(hunt: Hunt) -> pd.DataFrame:
+    """Winner and grid's best setting, seed by seed, on the test set, which nothing before this has seen."""
+    judge = Judge(hunt.on_device, hunt.goals, "test")
+    sides = {WINNER: hunt.seeds(hunt.winner), GRID: hunt.seeds(hunt.rival)}
+    rows = []
+    for side, wanted in sides.items():
+        sound = {key: cell for key, cell in wanted.items() if hunt._is_sound(key)}
+        values = judge.values(hunt._kept(sound))
+        for key, cell in sound.items():
+            found = {goal.on_test: value for goal, value in zip(hunt.goals, values[key], strict=True)}
+            rows.append({"side": side, "cell_id": key, **cell.row(), "updates": cell.train.updates, **found})
+    return pd.DataFrame(rows)
+
+
+def _about(hunt: Hunt, trials: pd.DataFrame) -> dict[str, Any]:
+    search, runtime = hunt.search, hunt.runtime
+    own = trials[trials["state"] != GRID]
+    return {
+        "search": hunt.name,
         "title": search.title,
-        "study": search.study,
+        "study": search.study or "",
+        "settings": list(SETTINGS),
+        "objectives": [goal.name for goal in search.objectives],
+        "optuna_study": hunt.trials.study.study_name,
         "sampler": search.sampler.kind,
         "trials": search.trials,
-        "latent_dim": search.latent_dim,
-        "learning_rate": search.learning_rate,
+        "batch": search.batch,
         "seed": search.seed,
-        "updates": search.train.updates,
+        "updates": hunt.train.updates,
+        "rungs": hunt.trials.rungs,
+        "updates_spent": int(own["updates"].sum()),
+        "grid_cells": len(hunt.grid),
+        "grid_updates": sum(cell.train.updates for cell in hunt.grid.values()),
         "device": runtime.device,
         "torch": runtime.torch,
         "precision": runtime.precision,
         "engine_version": ENGINE_VERSION,
     }
-    write_json(folder / "about.json", about)

@@ -1,0 +1,698 @@
+"""The trials of a search in Optuna's storage. This is the only module that imports optuna, inside functions: it takes a second.
+
+A batch of trials is drawn in memory, from what the storage knows, and each trial then enters the storage whole, in one
+transaction: no killed process leaves half a trial. What is drawn depends on the sampler's seed, the trial's ordinal, and what
+was told before; so a search that was killed draws what it would have drawn.
+
+Several processes may search one study. Each names itself in the trials that it has running; where it has gone, another one
+fails these and runs them anew, as members of the same batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from pipeline import databases, halving
+from pipeline.artifacts import CellStore, main_checkout
+from pipeline.config import ARMS, Model, Scalar, Train, VaesweepError
+from pipeline.grid import ENGINE_VERSION, Cell, Runtime, cell_id
+from pipeline.searches import Axis, Search
+
+if TYPE_CHECKING:
+    import optuna
+
+MOST_ASKED = 3  # trials that are asked at most, as a multiple of the target count
+BEAT_SECONDS = 5.0
+SILENT_SECONDS = 60.0  # of a searcher on another machine, after which its trials are taken over
+BUSY_SECONDS = 60.0  # that SQLite waits for another process
+STORAGE_VARIABLE = "OPTUNA_STORAGE"
+GRID = "grid"  # state of a trial that is a cell of the study's grid
+SETTINGS = ("arm", "beta", "latent_dim", "l2", "sigma2", "learning_rate")
+STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
+AT = "at update "  # begins the attributes that hold two objectives at a rung
+
+
+class SearchError(VaesweepError):
+    """A search that cannot begin, cannot go on, or cannot reach its target count."""
+
+
+def storage_url(search: Search) -> str:
+    """Where trials are kept: `OPTUNA_STORAGE`, else what the file says, else `optuna.db` in the main checkout."""
+    named = os.environ.get(STORAGE_VARIABLE) or search.storage
+    return named or databases.sqlite_uri(main_checkout() / "optuna.db")
+
+
+@contextlib.contextmanager
+def open_storage(url: str) -> Iterator[optuna.storages.BaseStorage]:
+    """Optuna's storage at an SQLAlchemy URL, or in a journal's file. Raises SearchError within 5 s where it is away.
+
+    What the storage refuses later is a SearchError too.
+    """
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    with databases.quick_commits(url):
+        with _one_line_errors(
+            url, SQLAlchemyError, optuna.exceptions.OptunaError, OSError, ImportError, RuntimeError, ValueError
+        ):
+            storage = optuna.storages.get_storage(_connect(url))
+        with _one_line_errors(url, SQLAlchemyError, optuna.exceptions.StorageInternalError):
+            yield storage
+
+
+def _connect(url: str) -> optuna.storages.BaseStorage:
+    import optuna
+
+    if "://" not in url:
+        backend = optuna.storages.journal.JournalFileBackend(str(main_checkout() / url))
+        return optuna.storages.JournalStorage(backend)
+    if url.startswith("sqlite"):
+        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}})
+    databases.check_answers(url)
+    limit = {"connect_timeout": int(databases.SECONDS_TO_ANSWER)} if url.startswith("postgresql") else {}
+    return databases.within(
+        databases.SECONDS_TO_ANSWER, lambda: optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": limit})
+    )
+
+
+@contextlib.contextmanager
+def _one_line_errors(url: str, *kinds: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        root: BaseException = error  # Optuna's own errors say little; what caused them names the reason
+        while root.__cause__ or root.__context__:
+            root = root.__cause__ or root.__context__
+        raise SearchError(databases.without_password(f"{url}: {databases.reason(root)}")) from error
+
+
+@dataclass(frozen=True)
+class Member:
+    """A running trial of a batch, and the cell that it is. `index` is its place in the batch."""
+
+    number: int
+    id: int
+    index: int
+    key: str
+    cell: Cell
+
+
+@dataclass
+class Batch:
+    """Trials that train and are halved together. `size` counts those that have ended too."""
+
+    name: str
+    size: int
+    running: list[Member] = field(default_factory=list)
+
+    @property
+    def cells(self) -> dict[str, Cell]:
+        """Of the running trials, by id."""
+        return {member.key: member.cell for member in self.running}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a search is: its own trials by state.
+
+    `best` is the best value of one objective, `front` the number of finished trials that no other dominates.
+    """
+
+    target: int
+    complete: int
+    pruned: int
+    failed: int
+    running: int
+    best: float | None
+    front: int
+
+    @property
+    def ended(self) -> int:
+        """How many count towards the target."""
+        return self.complete + self.pruned
+
+    @property
+    def reached(self) -> bool:
+        return self.ended >= self.target
+
+
+class Trials:
+    """The trials of one search: drawn, told, taken over, counted. Every method may raise SearchError."""
+
+    def __init__(
+        self,
+        name: str,
+        search: Search,
+        model: Model,
+        train: Train,
+        data_hash: str,
+        runtime: Runtime,
+        storage: optuna.storages.BaseStorage,
+        store: CellStore,
+    ):
+        self.search, self.model, self.train, self.data_hash, self.runtime = search, model, train, data_hash, runtime
+        self.storage = storage
+        self.study = self._open(search.name or name)
+        self.searcher = Searcher(self.study, store)
+
+    # The study, and what must be equal for everyone who works on it
+
+    def _open(self, name: str) -> optuna.Study:
+        import optuna
+
+        made_of = {
+            "model": self.model.model_dump(mode="json"),
+            "train": self.train.model_dump(mode="json"),
+            "seed": self.search.seed,
+            "data": self.data_hash,
+            "engine": [
+                self.runtime.device,
+                ".".join(self.runtime.torch.split(".")[:2]),
+                self.runtime.precision,
+                ENGINE_VERSION,
+            ],
+        }
+        full_name = f"{name}-{hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:8]}"
+        directions = ["maximize" if goal.maximised else "minimize" for goal in self.search.objectives]
+        study = optuna.create_study(
+            storage=self.storage, study_name=full_name, directions=directions, load_if_exists=True, pruner=self._pruner()
+        )
+        if (there := [direction.name.lower() for direction in study.directions]) != directions:
+            raise SearchError(self._other(full_name, f"directions {', '.join(there)} there, {', '.join(directions)} here"))
+        question = self._question()
+        known = study.user_attrs.get("question") or question
+        if different := [key for key in question if known.get(key) != question[key]]:
+            key = different[0]
+            raise SearchError(self._other(full_name, f"{key} {known.get(key)} there, {question[key]} here"))
+        if "question" not in study.user_attrs:
+            study.set_user_attr("question", question)
+        return study
+
+    def _question(self) -> dict[str, str]:
+        """What a study is about, in words; it must be the same for all its trials."""
+        settings = {f"space.{name}": _axis_text(item) for name, item in self.search.space if isinstance(item, Axis)}
+        return {"objectives": "; ".join(goal.name for goal in self.search.objectives), **settings}
+
+    def _other(self, name: str, what: str) -> str:
+        return f"Optuna's study '{name}' exists and asks something else: {what}; give this search another `name`, or delete it"
+
+    def _pruner(self) -> optuna.pruners.BasePruner:
+        import optuna.pruners as pruners
+
+        wanted = self.search.pruner
+        if wanted is None:
+            return pruners.NopPruner()
+        first = max(1, self.rungs[0])
+        return {
+            "median": lambda: pruners.MedianPruner(n_startup_trials=wanted.startup),
+            "percentile": lambda: pruners.PercentilePruner(wanted.percentile, n_startup_trials=wanted.startup),
+            "successive_halving": lambda: pruners.SuccessiveHalvingPruner(first, reduction_factor=wanted.factor),
+            "hyperband": lambda: pruners.HyperbandPruner(first, self.train.updates, reduction_factor=wanted.factor),
+        }[wanted.kind]()
+
+    def _sampler(self, ordinal: int) -> optuna.samplers.BaseSampler:
+        """A sampler for one trial."""
+        import optuna.samplers as samplers
+
+        seed = int.from_bytes(hashlib.sha256(f"{self.search.sampler.seed} {ordinal}".encode()).digest()[:4])
+        return {
+            "tpe": lambda: samplers.TPESampler(seed=seed, constant_liar=True),
+            "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=self.search.batch),
+            "gp": lambda: samplers.GPSampler(seed=seed, warn_independent_sampling=False),
+            "random": lambda: samplers.RandomSampler(seed=seed),
+        }[self.search.sampler.kind]()
+
+    @property
+    def rungs(self) -> list[int]:
+        """The updates at which trials may leave."""
+        from pipeline.trainer import history_updates
+
+        return halving.rung_updates(self.search.rungs, history_updates(self.train))
+
+    # What the storage knows
+
+    def _all(self) -> list[optuna.trial.FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def own(self, *states: str) -> list[optuna.trial.FrozenTrial]:
+        """The search's own trials in some states, or in all; not the grid's, nor those that were only run anew."""
+        return [trial for trial in self._all() if _is_own(trial) and (not states or trial.state.name in states)]
+
+    def grid(self) -> list[optuna.trial.FrozenTrial]:
+        """The cells of the grid that began the search."""
+        return [trial for trial in self._all() if "from_grid" in trial.user_attrs]
+
+    def front(self) -> list[optuna.trial.FrozenTrial]:
+        """The best finished trials, the grid's among them: with one objective, one; with two, those that no other dominates."""
+        return self.study.best_trials if any(trial.state.name == "COMPLETE" for trial in self._all()) else []
+
+    def standing(self) -> Standing:
+        counts: dict[str, int] = defaultdict(int)
+        for trial in self.own():
+            counts[trial.state.name] += 1
+        front = self.front()
+        best = front[0].value if front and len(self.search.objectives) == 1 else None
+        states = (counts[state] for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING"))
+        return Standing(self.search.trials, *states, best, len(front))
+
+    def winner(self) -> Cell:
+        """The search's own finished trial that its `chooses` prefers. Raises SearchError where none has finished."""
+        complete = self.own("COMPLETE")
+        if not complete:
+            raise SearchError(f"{self.study.study_name}: no trial was finished with values, so there is no winner")
+        sign = 1 if self.search.chooses.maximised else -1
+        return self.cell(
+            max(complete, key=lambda trial: (sign * trial.user_attrs["outcome"]["score"], -_ordinal(trial))).params
+        )
+
+    def table(self) -> pd.DataFrame:
+        """One row a trial in the order in which they were drawn, after the grid's cells: settings, values, outcome."""
+        front = {trial.number for trial in self.front()}
+        ended = sorted(self.own("COMPLETE", "PRUNED", "FAIL"), key=_ordinal)
+        batches = list(dict.fromkeys(trial.user_attrs["batch"] for trial in ended))
+        rows = [self._row(trial, front) | {"state": GRID, "updates": self.train.updates} for trial in self.grid()]
+        for trial in ended:
+            place = {"trial": _ordinal(trial), "batch": batches.index(trial.user_attrs["batch"])}
+            outcome = trial.user_attrs.get("outcome", {"updates": max((update for update, _ in _rungs(trial)), default=0)})
+            rows.append({**self._row(trial, front), "state": STATES[trial.state.name], **place, **outcome})
+        winner = self._key(self.winner())
+        return pd.DataFrame(rows).assign(best=lambda table: (table["cell_id"] == winner) & (table["state"] == "complete"))
+
+    def _row(self, trial: optuna.trial.FrozenTrial, front: set[int]) -> dict[str, Any]:
+        row = self.cell(trial.params).row()
+        settings = {name: row[name] for name in SETTINGS}
+        values = trial.values if trial.state.name == "COMPLETE" else [None] * len(self.search.objectives)
+        named = dict(zip((goal.name for goal in self.search.objectives), values, strict=True))
+        return {"trial": None, "cell_id": trial.user_attrs["cell_id"], **settings, **named, "on_front": trial.number in front}
+
+    def rungs_table(self) -> pd.DataFrame:
+        """Values of the search's own trials at each rung that they reached."""
+        names = [goal.name for goal in self.search.objectives]
+        rows = [
+            {"trial": _ordinal(trial), "update": update, **dict(zip(names, values, strict=True))}
+            for trial in sorted(self.own(), key=_ordinal)
+            for update, values in _rungs(trial)
+        ]
+        return pd.DataFrame(rows, columns=["trial", "update", *names])
+
+    def importances(self) -> pd.DataFrame:
+        """How much of each objective's variance over finished trials each varied setting explains (fANOVA)."""
+        from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+        rows = []
+        for number, goal in enumerate(self.search.objectives):
+            with warnings.catch_warnings(), contextlib.suppress(ValueError, RuntimeError):  # too few trials, or all alike
+                warnings.simplefilter("ignore")
+                found = get_param_importances(
+                    self.study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda trial, at=number: trial.values[at]
+                )
+                rows += [{"goal": goal.name, "setting": name, "importance": value} for name, value in found.items()]
+        return pd.DataFrame(rows, columns=["goal", "setting", "importance"])
+
+    def cell(self, params: Mapping[str, Scalar]) -> Cell:
+        """The cell of a trial: its parameters, and what the space keeps fixed."""
+        fixed = {name: item.values[0] for name, item in self.search.space if isinstance(item, Axis) and item.fixed}
+        at = {**fixed, **params}
+        penalised = ARMS[str(at["arm"])].penalty != "none"
+        return Cell(
+            arm_name=str(at["arm"]),
+            beta=float(at["beta"]) if penalised else None,
+            latent_dim=int(at["latent_dim"]),
+            l2=float(at["l2"]),
+            sigma2=at.get("sigma2", 1.0) if self.model.likelihood == "gaussian" else None,
+            learning_rate=float(at["learning_rate"]),
+            seed=self.search.seed,
+            dataset=0,
+            model=self.model,
+            train=self.train,
+            anneal=0.0 if penalised else None,
+        )
+
+    def _key(self, cell: Cell) -> str:
+        return cell_id(cell, self.data_hash, self.runtime)
+
+    # The grid's cells
+
+    def inside(self, cells: Mapping[str, Cell]) -> dict[str, dict[str, Scalar]]:
+        """Which cells are points of the space, trained as a trial would be, and their parameters, by id."""
+        space, found = self.search.space, {}
+        for key, cell in cells.items():
+            at = {"arm": cell.arm_name, **{name: getattr(cell, name) for name in ("latent_dim", "l2", "learning_rate")}}
+            at |= {"beta": cell.beta} if cell.beta is not None else {}
+            at |= {"sigma2": cell.sigma2} if space.sigma2 else {}
+            params = {name: at[name] for name in space.varied if name in at}
+            if all(value in getattr(space, name) for name, value in at.items()) and self._key(self.cell(params)) == key:
+                found[key] = params
+        return found
+
+    def add_from_grid(self, study: str, params: Mapping[str, Mapping[str, Scalar]], values: Mapping[str, list]) -> None:
+        """Enters trained cells as finished trials, each once."""
+        import optuna
+
+        with self.searcher.turn():
+            known = {trial.user_attrs["cell_id"] for trial in self.grid()}
+            new = [key for key in params if key not in known and None not in values[key]]
+            self.study.add_trials(
+                optuna.trial.create_trial(
+                    params=dict(params[key]),
+                    distributions=self._distributions(params[key]),
+                    values=values[key],
+                    user_attrs={"cell_id": key, "from_grid": study},
+                )
+                for key in new
+            )
+
+    def _distributions(self, names: Iterable[str]) -> dict[str, optuna.distributions.BaseDistribution]:
+        return {name: _distribution(name, self.search.space.varied[name]) for name in names}
+
+    # Batches
+
+    def ask(self) -> Batch | None:
+        """Draws the next batch; None where the target count is finished or running."""
+        with self.searcher.turn():
+            return self._ask()
+
+    def _ask(self) -> Batch | None:
+        trials = self._all()
+        own = [trial for trial in trials if _is_own(trial)]
+        wanted = min(self.search.batch, self.search.trials - sum(trial.state.name != "FAIL" for trial in own))
+        if self.search.sampler.kind == "grid":
+            wanted = min(wanted, len(self.search.grid()) - len(own))
+        elif wanted > 0 and len(own) + wanted > MOST_ASKED * self.search.trials + self.search.batch:
+            raise SearchError(f"{self.study.study_name}: of {len(own)} trials too many failed to reach {self.search.trials}")
+        return self._draw(trials, f"{len(own)}-{uuid.uuid4().hex[:8]}", range(wanted), wanted) if wanted > 0 else None
+
+    def _draw(self, trials: list[optuna.trial.FrozenTrial], batch: str, indices: Sequence[int], size: int) -> Batch | None:
+        """Draws the members of a batch at `indices`, and enters them into the storage."""
+        first = sum(map(_is_own, trials))
+        for index, drawn in zip(indices, self._drawn(trials, first, len(indices)), strict=True):
+            place = {"batch": batch, "index": index, "size": size, "cell_id": self._key(self.cell(drawn.params))}
+            self._enter(drawn, place)
+        self._drop_surplus()
+        return self._running().get(batch)
+
+    def _drawn(self, trials: list[optuna.trial.FrozenTrial], first: int, count: int) -> Iterator[optuna.trial.FrozenTrial]:
+        """Trials of these ordinals, drawn in memory."""
+        import optuna
+
+        kind, ordinals = self.search.sampler.kind, range(first, first + count)
+        scratch = optuna.create_study(directions=self.study.directions, pruner=optuna.pruners.NopPruner())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if kind == "grid":
+                for point in self.search.grid()[first : first + count]:
+                    yield optuna.trial.create_trial(
+                        state=optuna.trial.TrialState.RUNNING, params=point, distributions=self._distributions(point)
+                    )
+            elif kind == "qmc":  # a sequence that knows nothing of values: from its start, whoever drew before
+                scratch.sampler = optuna.samplers.QMCSampler(seed=self.search.sampler.seed, scramble=True)
+                drawn = [self._suggested(scratch) for _ in range(first + count)]
+                yield from drawn[first:]
+            else:
+                scratch.add_trials(trial for trial in trials if trial.state.name != "FAIL")
+                for ordinal in ordinals:
+                    scratch.sampler = self._sampler(ordinal)
+                    yield self._suggested(scratch)
+
+    def _suggested(self, scratch: optuna.Study) -> optuna.trial.FrozenTrial:
+        trial, at = scratch.ask(), {}
+        for name, item in ((name, item) for name, item in self.search.space if isinstance(item, Axis)):
+            if name == "beta" and ARMS[str(at["arm"])].penalty == "none":
+                continue
+            at[name] = item.values[0] if item.fixed else _suggest(trial, name, item)
+        return scratch.get_trials(deepcopy=False)[trial.number]
+
+    def _enter(self, drawn: optuna.trial.FrozenTrial, place: Mapping[str, Any]) -> None:
+        """A running trial of this searcher, in one transaction."""
+        import optuna
+
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.RUNNING,
+                params=drawn.params,
+                distributions=drawn.distributions,
+                user_attrs={**place, "searcher": self.searcher.id},
+                system_attrs=dict(drawn.system_attrs),
+            )
+        )
+
+    def _drop_surplus(self) -> None:
+        """Fails this searcher's last trials where others asked at the same time, so that the target is never passed."""
+        alive = [trial for trial in self.own() if trial.state.name != "FAIL"]
+        for trial in alive[self.search.trials :]:
+            if trial.state.name == "RUNNING" and trial.user_attrs["searcher"] == self.searcher.id:
+                self._void(trial, "surplus")
+
+    def _void(self, trial: optuna.trial.FrozenTrial, why: str) -> None:
+        """Fails a trial that then counts for nothing."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        with contextlib.suppress(UpdateFinishedTrialError):  # somebody ended it before
+            self.storage.set_trial_user_attr(trial._trial_id, "void", why)
+            self.storage.set_trial_state_values(trial._trial_id, trial.state.FAIL)
+
+    def _running(self) -> dict[str, Batch]:
+        """This searcher's running trials, by batch."""
+        found: dict[str, Batch] = {}
+        for trial in self.own("RUNNING"):
+            at = trial.user_attrs
+            if at["searcher"] == self.searcher.id:
+                batch = found.setdefault(at["batch"], Batch(at["batch"], at["size"]))
+                batch.running.append(self._member(trial))
+        for batch in found.values():
+            batch.running.sort(key=lambda member: member.index)
+        return found
+
+    def _member(self, trial: optuna.trial.FrozenTrial) -> Member:
+        at = trial.user_attrs
+        return Member(trial.number, trial._trial_id, at["index"], at["cell_id"], self.cell(trial.params))
+
+    def take_over(self) -> Batch | None:
+        """A batch whose searcher has gone: its running trials are failed, and run anew by this one."""
+        with self.searcher.turn():
+            return self._take_over()
+
+    def _take_over(self) -> Batch | None:
+        gone = {trial.user_attrs["searcher"] for trial in self.own("RUNNING")} - {self.searcher.id}
+        for searcher in sorted(name for name in gone if not self.searcher.lives(name)):
+            for trial in self.own("RUNNING"):
+                if trial.user_attrs["searcher"] == searcher:
+                    self._void(trial, "stale")
+        self._run_anew()
+        for batch in self._running().values():
+            return self._completed(batch)
+        return None
+
+    def _run_anew(self) -> None:
+        """Enters stale trials again, those too whose taker was killed in between."""
+        for trial in self._all():
+            if trial.state.name == "RUNNING" and (why := trial.user_attrs.get("void")):
+                self._void(trial, why)
+        trials = self._all()
+        again = {trial.user_attrs.get("retry_of") for trial in trials}
+        for trial in trials:
+            if trial.user_attrs.get("void") == "stale" and trial.number not in again:
+                place = {key: trial.user_attrs[key] for key in ("batch", "index", "size", "cell_id")}
+                self._enter(trial, {**place, "retry_of": trial.number})
+        self._drop_surplus()
+
+    def _completed(self, batch: Batch) -> Batch:
+        """Draws the last members of a batch whose searcher was killed while it drew them."""
+        members = [trial for trial in self.own() if trial.user_attrs["batch"] == batch.name]
+        if len(members) == batch.size:
+            return batch
+        return self._draw(self._all(), batch.name, range(len(members), batch.size), batch.size) or batch
+
+    # What comes of trials
+
+    def decision(self, batch: Batch, update: int) -> dict[str, Any] | None:
+        """What was decided at a rung; by a searcher that has gone, and then trials that are run anew are told it too."""
+        decision = self.study.user_attrs.get(f"rung {batch.name} {update}")
+        if decision and any(trial.user_attrs.get("retry_of") is not None for trial in self.own("RUNNING")):
+            self._report(batch, update, {int(index): values for index, values in decision["values"].items()})
+        return decision
+
+    def decide(self, batch: Batch, update: int, values: Mapping[str, list[float | None]]) -> dict[str, Any]:
+        """Reports values at a rung, of cells that have not diverged, and decides, once for all, who goes on."""
+        self._report(batch, update, {member.index: values.get(member.key) for member in batch.running})
+        sound = [member for member in batch.running if member.key in values and None not in values[member.key]]
+        kept = sound
+        if self.search.halving and sound:
+            points = [self._minimised(values[member.key]) for member in sound]
+            kept = [sound[index] for index in halving.survivors(points, self.search.halving)]
+        if self.search.pruner:
+            frozen = {trial.number: trial for trial in self._all()}
+            kept = [member for member in kept if not self.study.pruner.prune(self.study, frozen[member.number])]
+        decision = {
+            "go on": [member.index for member in kept],
+            "fail": [member.index for member in batch.running if member not in sound],
+            "values": {str(member.index): values[member.key] for member in sound},
+        }
+        self.study.set_user_attr(f"rung {batch.name} {update}", decision)
+        return decision
+
+    def _minimised(self, values: Sequence[float]) -> list[float]:
+        return [-value if goal.maximised else value for value, goal in zip(values, self.search.objectives, strict=True)]
+
+    def _report(self, batch: Batch, update: int, values: Mapping[int, list[float | None] | None]) -> None:
+        """As intermediate values of one objective; Optuna takes none of two, which become an attribute."""
+        for member in batch.running:
+            if (found := values.get(member.index)) and None not in found:
+                if len(found) == 1:
+                    self.storage.set_trial_intermediate_value(member.id, update, found[0])
+                else:
+                    self.storage.set_trial_user_attr(member.id, f"{AT}{update}", found)
+
+    def leaving(self, batch: Batch, decision: Mapping[str, Any]) -> list[Member]:
+        """The running members that do not go on."""
+        return [member for member in batch.running if member.index not in decision["go on"]]
+
+    def leave(self, batch: Batch, leaving: Sequence[Member], decision: Mapping[str, Any]) -> None:
+        """Tells that trials have left their batch."""
+        for member in leaving:
+            self._tell(member, "FAIL" if member.index in decision["fail"] else "PRUNED")
+        batch.running = [member for member in batch.running if member not in leaving]
+
+    def finish(self, batch: Batch, values: Mapping[str, list[float | None]], notes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Tells the values of trained cells, and notes about them; a trial without all its values has failed."""
+        for member in batch.running:
+            found = values.get(member.key)
+            if found is None or None in found:
+                self._tell(member, "FAIL")
+            else:
+                self.storage.set_trial_user_attr(member.id, "outcome", dict(notes[member.key]))
+                self._tell(member, "COMPLETE", found)
+        batch.running = []
+
+    def _tell(self, member: Member, state: str, values: list[float] | None = None) -> None:
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        with contextlib.suppress(UpdateFinishedTrialError):  # another searcher, who took this one for dead, has ended it
+            self.storage.set_trial_state_values(member.id, TrialState[state], values)
+
+
+def _is_own(trial: optuna.trial.FrozenTrial) -> bool:
+    return "from_grid" not in trial.user_attrs and "void" not in trial.user_attrs
+
+
+def _ordinal(trial: optuna.trial.FrozenTrial) -> int:
+    """Its place among the search's own trials, however often it was run anew."""
+    return int(trial.user_attrs["batch"].split("-")[0]) + trial.user_attrs["index"]
+
+
+def _rungs(trial: optuna.trial.FrozenTrial) -> list[tuple[int, list[float]]]:
+    """Updates and values of the rungs that it reached."""
+    several = [(int(name.removeprefix(AT)), values) for name, values in trial.user_attrs.items() if name.startswith(AT)]
+    return sorted(several or [(update, [value]) for update, value in trial.intermediate_values.items()])
+
+
+def _axis_text(item: Axis) -> str:
+    if item.values is not None:
+        return " or ".join(map(str, item.values))
+    return f"{item.low:g} to {item.high:g}{', log' if item.log else ''}"
+
+
+def _distribution(name: str, item: Axis) -> optuna.distributions.BaseDistribution:
+    from optuna import distributions
+
+    if item.values is not None:
+        return distributions.CategoricalDistribution(item.values)
+    if name == "latent_dim":
+        return distributions.IntDistribution(int(item.low), int(item.high), log=item.log)
+    return distributions.FloatDistribution(item.low, item.high, log=item.log)
+
+
+def _suggest(trial: optuna.Trial, name: str, item: Axis) -> Scalar:
+    if item.values is not None:
+        return trial.suggest_categorical(name, item.values)
+    if name == "latent_dim":
+        return trial.suggest_int(name, int(item.low), int(item.high), log=item.log)
+    return trial.suggest_float(name, item.low, item.high, log=item.log)
+
+
+class Searcher:
+    """This process among those that share a study: a file that is locked while it lives, and a beat in the storage.
+
+    Who shares its cell store sees by the lock, at once, that it has gone; others by a beat that stands still while they watch,
+    so that no two clocks are compared.
+    """
+
+    def __init__(self, study: optuna.Study, store: CellStore):
+        self.study, self.folder = study, store.root / "searchers"
+        self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._seen: dict[str, tuple[Any, float]] = {}
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Searcher:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = (self.folder / self.id).open("w")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self.study.set_user_attr(self._beats(self.id), 0)
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+        return self
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """One at a time of those that share the cell store."""
+        with (self.folder / "turn").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(databases.SECONDS_TO_ANSWER)
+        (self.folder / self.id).unlink(missing_ok=True)
+        self._file.close()
+
+    @staticmethod
+    def _beats(searcher: str) -> str:
+        return f"beats of {searcher}"
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._ended.wait(BEAT_SECONDS):
+            count += 1
+            with contextlib.suppress(Exception):  # a storage that is away is met by the search itself
+                self.study.set_user_attr(self._beats(self.id), count)
+
+    def lives(self, searcher: str) -> bool:
+        """Whether another searcher still works, as far as this one can tell."""
+        locked = _is_locked(self.folder / searcher)
+        if locked is not None:
+            return locked
+        beat, now = self.study.user_attrs.get(self._beats(searcher)), time.monotonic()
+        if self._seen.get(searcher, (None, 0.0))[0] != beat or searcher not in self._seen:
+            self._seen[searcher] = (beat, now)
+        return now - self._seen[searcher][1] < SILENT_SECONDS
+
+
+def _is_locked(path: Path) -> bool | None:
+    """Whether the process that locked a file lives; None where there is no such file here."""
+    try:
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+    except FileNotFoundError:
+        return None
