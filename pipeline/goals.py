@@ -8,10 +8,10 @@ from typing import Literal
 
 from pipeline.artifacts import Prepared, TrainedStack
 from pipeline.config import Evaluate
-from pipeline.grid import Cell
-from pipeline.model import StackedAutoencoder
 from pipeline.evaluation import Measured, Reference, measured_one, noise_curves
+from pipeline.grid import Cell
 from pipeline.mlp import one_thread
+from pipeline.model import StackedAutoencoder
 from pipeline.searches import Goal
 
 Values = dict[str, list[float | None]]

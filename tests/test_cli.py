@@ -46,7 +46,7 @@ def stages():
 
 def test_every_stage_depends_on_its_own_code():
     """A stage that does not would stay as it is when its program changes."""
-    assert {"code", *code.STAGES} == set(stages())
+    assert {"code", *code.STAGES} == {name.removesuffix("-alone") for name in stages()}
     for name, stage in stages().items():
         wanted = ["pipeline"] if name == "code" else [f"code/{name}.json"]
         assert [dep for dep in stage.get("do", stage)["deps"] if dep.startswith(("code", "pipeline"))] == wanted
@@ -58,7 +58,7 @@ def test_code_digests_what_a_stage_imports_and_nothing_else(tmp_path, monkeypatc
     code.run()
     digests = {name: read_json(Path("code") / f"{name}.json") for name in code.STAGES}
     metrics = (ROOT / "pipeline" / "metrics.py").read_bytes()
-    assert {name for name in digests if "pipeline.metrics" in digests[name]} == {"evaluate", "prune", "report"}
+    assert {name for name in digests if "pipeline.metrics" in digests[name]} == {"evaluate", "prune", "report", "search"}
     assert digests["evaluate"]["pipeline.metrics"] == hashlib.sha256(metrics).hexdigest()
     assert {"pipeline.mlp", "pipeline"} <= set(digests["prepare"]), "an import of an import counts too, and its package"
     assert {"pipeline.trainer", "pipeline.stages.train"} <= set(digests["train"]) and "pipeline.figures" not in digests["train"]
@@ -66,7 +66,7 @@ def test_code_digests_what_a_stage_imports_and_nothing_else(tmp_path, monkeypatc
 
 def test_every_stage_is_one_plain_command():
     for name, stage in stages().items():
-        assert re.fullmatch(rf"vaesweep {name}( \$\{{[a-z.]+\}})?", stage.get("do", stage)["cmd"])
+        assert re.fullmatch(rf"vaesweep {name.removesuffix('-alone')}( \$\{{[a-z.]+\}})?", stage.get("do", stage)["cmd"])
 
 
 def test_the_lock_names_no_index():

@@ -36,12 +36,6 @@ def _rates(l2: tuple[float, ...] = (0.0, 1e-5)) -> pd.DataFrame:
     return table
 
 
-def _trials() -> pd.DataFrame:
-    rate = np.linspace(1, 20, 8)
-    found = {"rate": rate, "distortion": 100 - rate, "beta": 10 ** np.linspace(-2, 1, 8), "on_front": rate % 2 < 1}
-    return pd.DataFrame({"latent_dim": 8, **found})
-
-
 def _training(panels: int) -> pd.DataFrame:
     table = _summary(["validation_loss"], update=list(range(10, 200, 10)), setting=["a", "b"])
     return pd.concat([table.assign(panel=f"study {k}") for k in range(panels)])
@@ -120,8 +114,6 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "identities": lambda: figures.identities({"holds": 0.4, "rounds": 0.0, "fails": 9.0}),
     "likelihood": lambda: figures.likelihood_curves(_likelihoods(), [88.2, 88.4], 86.76),
     "rate-distortion": lambda: figures.rate_distortion(_rates()),
-    "rate-distortion with trials": lambda: figures.rate_distortion(_rates(), _trials()),
-    "search": lambda: figures.search_front(_trials()),
     "robustness": lambda: figures.robustness(_noise(), _pca()),
     "robustness without PCA": lambda: figures.robustness(_noise()),
     "paired": lambda: figures.paired_differences(_paired()),

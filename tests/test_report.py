@@ -69,13 +69,15 @@ train: {updates: 800}
 evaluate: {}
 """
 SEARCH = """
-title: Which KL weights are worth having?
+title: "Which | weight?"
 study: digits
-latent_dim: 8
-space: {beta: {low: 0.05, high: 20}}
+space: {beta: {low: 0.05, high: 20}, latent_dim: 8}
+objectives:
+  - {metric: validation/reconstruction, direction: down}
+  - {metric: validation/kl, direction: down}
+winner: {goal: {metric: validation/bce_elbo, direction: up}}
 trials: 24
 batch: 8
-train: {updates: 400}
 """
 
 
@@ -248,14 +250,25 @@ def _write_search(folder: Path, name: str) -> None:
     rate = 25 / (1 + beta) ** 0.7
     distortion = 80 + 60 * np.exp(-rate / 10) + np.abs(rng.normal(size=24))
     front = [not any((rate < r) & (distortion < d)) for r, d in zip(rate, distortion, strict=True)]
-    found = {"beta": beta, "l2": 0.0, "distortion": distortion, "rate": rate, "on_front": front, "batch": np.arange(24) // 8}
-    named = {"number": range(24), "cell_id": [f"t{k:07d}" for k in range(24)], "state": "complete"}
-    table = pd.DataFrame({**named, **found})
-    table.loc[5, ["state", "distortion", "rate", "on_front"]] = ["failed", np.nan, np.nan, False]
+    goals = {"validation/reconstruction": distortion, "validation/kl": rate}
+    fixed = {"arm": "vae", "latent_dim": 8, "l2": 0.0, "sigma2": None, "learning_rate": 1e-3, "updates": 400}
+    found = {"beta": beta, **goals, "on_front": front, "batch": np.arange(24) // 8, "best": np.arange(24) == 3}
+    named = {"trial": range(24), "cell_id": [f"t{k:07d}" for k in range(24)], "state": "complete", "unconverged": False}
+    table = pd.DataFrame({**named, **found}).assign(**fixed)
+    table.loc[5, ["state", *goals, "on_front"]] = ["failed", np.nan, np.nan, False]
     path = folder / artifacts.Folders(name).search
     artifacts.write_table(path / "trials.csv", table)
-    about = {"search": name, "title": "t", "study": "digits", "sampler": "tpe", "trials": 24, "latent_dim": 8, "updates": 400}
-    artifacts.write_json(path / "about.json", about | {"device": "cpu"})
+    artifacts.write_table(path / "rungs.csv", pd.DataFrame(columns=["trial", "update", *goals]))
+    weights = [{"goal": goal, "setting": "beta", "importance": 1.0} for goal in goals]
+    artifacts.write_table(path / "importances.csv", pd.DataFrame(weights))
+    sides = [
+        {"side": side, "cell_id": f"{side}{seed}", "seed": seed, "beta": 1.0, **fixed, "test/reconstruction": 90.0 + seed,
+         "test/kl": 8.0, "test/bce_elbo": -98.0 + shift * seed}
+        for side, shift in (("winner", 1.0), ("grid", 0.5)) for seed in (1, 2, 3)
+    ]  # fmt: skip
+    artifacts.write_table(path / "winner.csv", pd.DataFrame(sides))
+    about = {"search": name, "title": "t", "study": "digits", "sampler": "tpe", "trials": 24, "updates": 400, "rungs": []}
+    artifacts.write_json(path / "about.json", about | {"device": "cpu", "updates_spent": 9600, "grid_cells": 6})
 
 
 TINY = """

@@ -14,6 +14,7 @@ from pipeline.artifacts import ArtifactError, CellStore, Folders, read_json, rea
 from pipeline.config import VaesweepError
 from pipeline.executors import Inline, Interrupted
 from pipeline.stages import clean, evaluate, plan, prepare, prune, search, train
+from pipeline.trials import SearchError
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -76,7 +77,7 @@ def workspace(trained, tmp_path, monkeypatch):
 
 
 def drive(name, advances):
-    drive.cells = [advance.cells for advance in advances]
+    drive.cells = [getattr(advance, "cells", None) for advance in advances]
 
 
 def test_train_writes_a_row_a_history_and_weights_for_every_cell(workspace):
@@ -312,9 +313,10 @@ def test_prune_ablates_from_nothing_to_everything(workspace):
 def test_search_reaches_its_target_count_and_a_second_start_trains_nothing(workspace):
     search.run("hunt", drive)
     trials = read_table(Folders("hunt").search / "trials.csv")
-    assert len(trials) == 5 and set(trials["state"]) == {"complete"}
+    assert dict(trials["state"].value_counts()) == {"complete": 5, "grid": 1}
     for row in trials.to_dict("records"):
-        beaten = (trials["distortion"] < row["distortion"]) & (trials["rate"] < row["rate"])
+        names = ["validation/reconstruction", "validation/kl"]
+        beaten = (trials[names] < pd.Series({name: row[name] for name in names})).all(axis=1)
         assert not (row["on_front"] and beaten.any())
     search.run("hunt", drive)
     pd.testing.assert_frame_equal(read_table(Folders("hunt").search / "trials.csv"), trials)
@@ -347,7 +349,7 @@ def test_an_emptied_store_costs_a_search_its_training_and_nothing_else(workspace
 
 def test_a_broken_search_storage_is_one_line(workspace):
     (workspace / "optuna.db").write_text("this is no database, whatever its name says " * 50)
-    with pytest.raises(search.SearchError, match="optuna.db: cannot be opened"):
+    with pytest.raises(SearchError, match="optuna.db: .*not a database"):
         search.run("hunt", drive)
 
 
@@ -359,7 +361,7 @@ def test_clean_removes_what_no_listed_study_uses(workspace):
         clean.run()
     search.run("hunt", drive)
     shutil.rmtree(Folders("tiny").train)  # as DVC does before it trains
-    assert clean.run(dry_run=True)[0] == 4 and len(list(CellStore())) == 17
+    assert clean.run(dry_run=True)[0] == 4 and len(list(CellStore())) == 12 + 5 + 4
     cells, size = clean.run()
     assert cells == 4 and size > 1000
     train.run("tiny", drive)

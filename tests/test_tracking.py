@@ -600,23 +600,40 @@ def test_a_diverged_cell_says_where(workspace):
     assert (finished.tags["unconverged"], "diverged_at" in finished.tags) == ("true", False)
 
 
-def test_trials_are_runs_also_where_a_retry_has_the_same_cell(workspace):
+def test_trials_are_runs_also_where_two_have_the_same_cell_and_the_grids_cells_are_not(workspace):
     folder = Folders("kl_weight").search
-    row = {"cell_id": "a", "beta": 0.1, "l2": 0.0, "batch": 0, "unconverged": True}
-    failed = {"number": 0, "state": "failed", "distortion": NAN, "rate": NAN, "on_front": False}
-    complete = {"number": 1, "state": "complete", "distortion": 90.0, "rate": 8.0, "on_front": True}
-    write_table(folder / "trials.csv", pd.DataFrame([{**row, **failed}, {**row, **complete}]))
+    row = {"cell_id": "a", "arm": "vae", "beta": 0.1, "latent_dim": 2, "batch": 0, "unconverged": True}
+    failed = {
+        "trial": 0,
+        "state": "failed",
+        "validation/kl": NAN,
+        "on_front": False,
+        "updates": 10,
+        "score": NAN,
+        "best": False,
+    }
+    complete = {
+        "trial": 1,
+        "state": "complete",
+        "validation/kl": 8.0,
+        "on_front": True,
+        "updates": 30,
+        "score": 90.0,
+        "best": True,
+    }
+    grid = {**row, **complete, "cell_id": "g", "state": "grid", "best": False}
+    write_table(folder / "trials.csv", pd.DataFrame([grid, {**row, **failed}, {**row, **complete}]))
     write_table(folder / "history.csv", pd.DataFrame({"cell_id": ["a"], "update": [10], "train_loss": [2.0]}))
-    asked = {"latent_dim": 2, "learning_rate": 1e-3, "seed": 0, "updates": 30}
-    write_json(folder / "about.json", {"title": "KL weights", "study": "digits", **asked})
-    parent, (first, retried) = tracking.search_records("kl_weight")
-    assert (first.key, first.status, retried.key, retried.status) == ("a-0", "failed", "a-1", "finished")
-    assert retried.name == "trial 1 β=0.1 λ=0"
-    assert retried.params == {"beta": 0.1, "log10_beta": -1.0, "l2": 0.0, **asked}
-    assert retried.tags["unconverged"] == "true"
-    assert retried.metrics == {"search/distortion": 90.0, "search/rate": 8.0}
-    assert retried.tags["on_front"] == "true"
-    assert retried.tags["search"] == parent.tags["search"] == "kl_weight"
+    about = {"title": "KL weights", "study": "digits", "seed": 0, "updates": 30}
+    about |= {"settings": ["arm", "beta", "latent_dim"], "objectives": ["validation/kl"]}
+    write_json(folder / "about.json", about)
+    parent, (first, second) = tracking.search_records("kl_weight")
+    assert (first.key, first.status, second.key, second.status) == ("a-0", "failed", "a-1", "finished")
+    assert second.name == "trial 1 vae β=0.1 z2"
+    assert second.params == {"arm": "vae", "beta": 0.1, "log10_beta": -1.0, "latent_dim": 2, "seed": 0, "updates": 30}
+    assert second.metrics == {"validation/kl": 8.0, "search/score": 90.0}
+    assert second.tags | {"state": "complete", "updates_reached": "30", "on_front": "true", "best": "true"} == second.tags
+    assert second.tags["search"] == parent.tags["search"] == "kl_weight"
 
 
 def test_sync_publishes_what_is_there_and_notes_the_rest(workspace):
