@@ -660,7 +660,6 @@ class Searcher:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join(databases.SECONDS_TO_ANSWER)
-        (self.folder / self.id).unlink(missing_ok=True)
         self._file.close()
 
     @staticmethod
