@@ -204,6 +204,12 @@ class CellStore:
     def _unfinished(self, cell_id: str) -> Path:
         return self.root / "unfinished" / f"{cell_id}.json"
 
+    def remove_unfinished(self, used: Container[str]) -> None:
+        """Forgets given-up cells that are not in use."""
+        for path in (self.root / "unfinished").glob("*.json"):
+            if path.stem not in used:
+                path.unlink(missing_ok=True)
+
     def has_history(self, cell_id: str) -> bool:
         """Whether the cell was trained here, to its end or not."""
         return cell_id in self or self._unfinished(cell_id).is_file()
@@ -395,33 +401,38 @@ def trained_stacks(
 ) -> Iterator[TrainedStack]:
     """Finished cells in stacks of at most `size`. Raises ArtifactError."""
 
-    def group(key: str) -> tuple[int, int]:
-        return finished[key].dataset, finished[key].lanes
+    for part in _alike(finished, size):
+        model = StackedAutoencoder([finished[key] for key in part], features, device)
+        for row, key in enumerate(part):
+            model.load_cell(row, read_tensors(folders.train / "weights" / f"{key}.safetensors", device))
+        yield TrainedStack(part, model, finished[part[0]].dataset)
 
-    for (dataset, _), keys in itertools.groupby(sorted(finished, key=group), key=group):
-        for part in balanced(list(keys), size):
-            model = StackedAutoencoder([finished[key] for key in part], features, device)
-            for row, key in enumerate(part):
-                model.load_cell(row, read_tensors(folders.train / "weights" / f"{key}.safetensors", device))
-            yield TrainedStack(part, model, dataset)
+
+def _alike(wanted: Mapping[str, Cell], size: int) -> Iterator[list[str]]:
+    """Cells of equal dataset and lanes, in parts of at most `size`."""
+
+    def group(key: str) -> tuple[int, int]:
+        return wanted[key].dataset, wanted[key].lanes
+
+    for _, keys in itertools.groupby(sorted(wanted, key=group), key=group):
+        yield from balanced(list(keys), size)
 
 
 def kept_stacks(
     store: CellStore, wanted: Mapping[str, Cell], features: int, device: str, size: int = 32
 ) -> Iterator[TrainedStack]:
-    """The weights that cells of one dataset have kept so far, finished or in training, in stacks of two to `size`.
+    """The weights that cells have kept so far, finished or in training, in stacks of two to `size`.
 
     A lone cell stands beside itself, as in training. Raises ArtifactError.
     """
     progress = store.progress()
-    for _, group in itertools.groupby(sorted(wanted, key=lambda key: wanted[key].lanes), key=lambda key: wanted[key].lanes):
-        for part in balanced(list(group), size):
-            keys = part * 2 if len(part) == 1 else part
-            model = StackedAutoencoder([wanted[key] for key in keys], features, device)
-            for row, key in enumerate(keys):
-                if key in store:
-                    model.load_cell(row, read_tensors(store.weights_path(key), device))
-                else:
-                    kept = store.load_rows([progress[key]], device, ("best_weights", "best_biases"))
-                    model.weights.value[row], model.biases.value[row] = kept["best_weights"][0], kept["best_biases"][0]
-            yield TrainedStack(keys, model, 0)
+    for part in _alike(wanted, size):
+        keys = part * 2 if len(part) == 1 else part
+        model = StackedAutoencoder([wanted[key] for key in keys], features, device)
+        for row, key in enumerate(keys):
+            if key in store:
+                model.load_cell(row, read_tensors(store.weights_path(key), device))
+            else:
+                kept = store.load_rows([progress[key]], device, ("best_weights", "best_biases"))
+                model.weights.value[row], model.biases.value[row] = kept["best_weights"][0], kept["best_biases"][0]
+        yield TrainedStack(keys, model, wanted[keys[0]].dataset)

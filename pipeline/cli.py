@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.stages.search import Step
 
 EVERY_SECONDS = 15.0
+TOLD_FROM = 0.03  # share of a search after which its time left is told
 PARENT_POLL_SECONDS = 0.5
 
 
@@ -205,7 +206,8 @@ def _show_search(name: str, steps: Iterable[Step]) -> None:
         for step in steps:
             first = step.share if first is None else first
             now = time.monotonic()
-            left = (now - start) * (1 - step.share) / (step.share - first) if step.share > first else None
+            done = step.share - first
+            left = (now - start) * (1 - step.share) / done if done > TOLD_FROM else None
             line = _in_words(name, step, left)
             if live:
                 live.update(Text(line))
@@ -217,8 +219,9 @@ def _show_search(name: str, steps: Iterable[Step]) -> None:
 def _in_words(name: str, step: Step, left: float | None) -> str:
     at = step.standing
     counts = f"{at.ended}/{at.target} trials, {at.pruned} of them pruned" + (f", {at.failed} failed" if at.failed else "")
-    best = f"best {at.best:.6g}" if at.best is not None else f"{at.front} on the front"
-    return f"search {name}: {counts}; {best}; {step.doing}" + (f"; {left:.0f} s left" if left is not None else "")
+    best = f"best {at.best:.6g}" if at.best is not None else f"{at.front} on the front" if at.front else ""
+    time_left = f"{left:.0f} s left" if left is not None else ""
+    return f"search {name}: " + "; ".join(filter(None, (counts, best, step.doing, time_left)))
 
 
 @contextlib.contextmanager

@@ -126,9 +126,9 @@ def _without_false_kl(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{column: table[column].astype(float).mask(deterministic) for column in of_kl})
 
 
-def load_search(name: str, reports: Path) -> SearchResults:
-    """Reads a search's config and tables. Raises ArtifactError where one is missing."""
+def load_search(name: str, search: searches.Search, reports: Path) -> SearchResults:
+    """Reads a search's tables. Raises ArtifactError where one is missing."""
     folder = artifacts.Folders(name).search
     tables = {table: artifacts.read_table(folder / f"{table}.csv") for table in ("trials", "rungs", "importances", "winner")}
     about = artifacts.read_json(folder / "about.json")
-    return SearchResults(name, Gallery(reports, name), searches.load_search(name)[0], about, **tables)
+    return SearchResults(name, Gallery(reports, name), search, about, **tables)

@@ -170,7 +170,8 @@ def slices(search: Search, trials: pd.DataFrame) -> Figure:
             if item.values is None and item.log:
                 _log_axis(ax, item.high / item.low)
             elif item.values is not None:
-                rows = rows.assign(**{name: rows[name].astype(str)})
+                rows = rows.assign(**{name: rows[name].map(item.values.index)})
+                ax.set_xticks(range(len(item.values)), [drawing.ARM_LABELS.get(value, value) for value in item.values])
             for state, part in rows.groupby("state"):
                 _points(ax, part, name, goal.name, state)
             _mark_best(ax, rows, name, goal.name)

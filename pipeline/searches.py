@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.config import (
     ARMS,
     CONFIG_FOLDER,
+    PARAMS_FILE,
     ConfigError,
     Count,
     Data,
@@ -310,7 +311,7 @@ def load_listed(settings: Settings, folder: Path = CONFIG_FOLDER) -> dict[str, S
     """The searches of `params.yaml` by name, which must name the studies that it says. Raises ConfigError."""
     found = {name: load_search(name, folder)[0] for name in settings.every_search}
     for name, search in found.items():
-        if search.study != settings.searches.get(name):
-            listed = f"searches.{name}" if name in settings.searches else f"searches_alone: {name}"
-            raise ConfigError(f"params.yaml: {listed}: its file names study {search.study!r}")
+        if search.study != (listed := settings.searches.get(name)):
+            key = f"searches.{name}" if listed else "searches_alone"
+            raise ConfigError(f"{PARAMS_FILE}: {key}: its file names study {search.study!r}, but got {listed or name!r}")
     return found

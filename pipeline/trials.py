@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import socket
 import threading
@@ -31,7 +30,7 @@ import pandas as pd
 from pipeline import databases, halving
 from pipeline.artifacts import CellStore, main_checkout
 from pipeline.config import ARMS, Model, Scalar, Train, VaesweepError
-from pipeline.grid import ENGINE_VERSION, Cell, Runtime, cell_id
+from pipeline.grid import Cell, Runtime, cell_id
 from pipeline.searches import Axis, Search
 
 if TYPE_CHECKING:
@@ -177,19 +176,9 @@ class Trials:
     def _open(self, name: str) -> optuna.Study:
         import optuna
 
-        made_of = {
-            "model": self.model.model_dump(mode="json"),
-            "train": self.train.model_dump(mode="json"),
-            "seed": self.search.seed,
-            "data": self.data_hash,
-            "engine": [
-                self.runtime.device,
-                ".".join(self.runtime.torch.split(".")[:2]),
-                self.runtime.precision,
-                ENGINE_VERSION,
-            ],
-        }
-        full_name = f"{name}-{hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:8]}"
+        # The id of some cell stands for data, network, budget, seed and engine, which all trials of a study share.
+        some = Cell("ae", None, 2, 0.0, None, 1e-3, self.search.seed, 0, self.model, self.train, anneal=None)
+        full_name = f"{name}-{self._key(some)[:8]}"
         directions = ["maximize" if goal.maximised else "minimize" for goal in self.search.objectives]
         study = optuna.create_study(
             storage=self.storage, study_name=full_name, directions=directions, load_if_exists=True, pruner=self._pruner()
@@ -495,6 +484,7 @@ class Trials:
             for trial in self.own("RUNNING"):
                 if trial.user_attrs["searcher"] == searcher:
                     self._void(trial, "stale")
+            self.searcher.forget(searcher)
         self._run_anew()
         for batch in self._running().values():
             return self._completed(batch)
@@ -657,10 +647,17 @@ class Searcher:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: object, *_: object) -> None:
+        """A searcher that was interrupted leaves its file, unlocked, so that the next one sees at once that it has gone."""
         self._ended.set()
         self._thread.join(databases.SECONDS_TO_ANSWER)
+        if failure is None:
+            self.forget(self.id)
         self._file.close()
+
+    def forget(self, searcher: str) -> None:
+        """Removes the file of a searcher that has no trial running any more."""
+        (self.folder / searcher).unlink(missing_ok=True)
 
     @staticmethod
     def _beats(searcher: str) -> str:
@@ -679,7 +676,7 @@ class Searcher:
         if locked is not None:
             return locked
         beat, now = self.study.user_attrs.get(self._beats(searcher)), time.monotonic()
-        if self._seen.get(searcher, (None, 0.0))[0] != beat or searcher not in self._seen:
+        if searcher not in self._seen or self._seen[searcher][0] != beat:
             self._seen[searcher] = (beat, now)
         return now - self._seen[searcher][1] < SILENT_SECONDS
 

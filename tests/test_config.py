@@ -105,7 +105,7 @@ def test_settings_and_a_searchs_file_must_name_the_same_study(tmp_path):
     (tmp_path / "kl.yaml").write_text((CONFIG_FOLDER / "kl_weight.yaml").read_text())
     (tmp_path / "digits.yaml").write_text((CONFIG_FOLDER / "digits.yaml").read_text())
     (tmp_path / "params.yaml").write_text("studies: [digits, pruning]\nsearches: {kl: pruning}\n")
-    with pytest.raises(ConfigError, match="searches.kl: its file names study 'digits'"):
+    with pytest.raises(ConfigError, match="searches.kl: its file names study 'digits', but got 'pruning'"):
         load_listed(load_settings(tmp_path / "params.yaml"), tmp_path)
 
 

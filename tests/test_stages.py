@@ -335,6 +335,7 @@ def test_an_interrupted_search_goes_on_with_the_same_trials(workspace):
     trials = read_table(Folders("hunt").search / "trials.csv")
     for path in (workspace / "optuna.db", workspace / ".vaesweep"):
         path.unlink() if path.is_file() else shutil.rmtree(path)
+    train.run("tiny", drive)
     search.run("hunt", drive)
     pd.testing.assert_frame_equal(read_table(Folders("hunt").search / "trials.csv"), trials)
 
@@ -361,12 +362,17 @@ def test_clean_removes_what_no_listed_study_uses(workspace):
         clean.run()
     search.run("hunt", drive)
     shutil.rmtree(Folders("tiny").train)  # as DVC does before it trains
-    assert clean.run(dry_run=True)[0] == 4 and len(list(CellStore())) == 12 + 5 + 4
+    assert (
+        clean.run(dry_run=True)[0] == 4 and len(list(CellStore())) == 12 + 5 + 2 + 1
+    )  # study, trials, winner and grid's best on other seeds
     cells, size = clean.run()
     assert cells == 4 and size > 1000
     train.run("tiny", drive)
-    trials = read_table(Folders("hunt").search / "trials.csv")
-    assert set(CellStore()) == {*read_table(Folders("tiny").train / "manifest.csv")["cell_id"], *trials["cell_id"]}
+    tables = [
+        Folders("tiny").train / "manifest.csv",
+        *(Folders("hunt").search / f"{name}.csv" for name in ("trials", "winner")),
+    ]
+    assert set(CellStore()) == {key for table in tables for key in read_table(table)["cell_id"]}
 
 
 def test_plan_counts_cells_and_estimates_time_without_writing(workspace):

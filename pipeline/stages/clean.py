@@ -23,16 +23,18 @@ def run(dry_run: bool = False) -> tuple[int, int]:
         if not dry_run:
             for key in superseded:
                 store.remove(key)
+            store.remove_unfinished(used)
             store.release(ended=store.progress().keys() - used)
     return len(superseded), size
 
 
 def _used() -> Iterator[str]:
-    """Ids of every cell that a listed study wants, trained or not, and of every trial of a listed search."""
+    """Ids of every cell that a listed study wants, trained or not, of every trial of a listed search, and of its winner."""
     settings = load_settings()
     runtime = find_runtime(settings)
     for name in settings.studies:
         study = load_study(name)
         yield from identify(cells(study), load_prepared(Folders(name).prepared, study.data).hashes, runtime)
     for name in settings.every_search:
-        yield from read_table(Folders(name).search / "trials.csv")["cell_id"]
+        for table in ("trials", "winner"):
+            yield from read_table(Folders(name).search / f"{table}.csv")["cell_id"]

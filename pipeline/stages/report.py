@@ -16,6 +16,7 @@ import pandas as pd
 from pipeline import artifacts, claims, config, drawing, figures, grid, intervals, ledger, results, search_sections, sections
 from pipeline import markdown as md
 from pipeline.results import Gallery, SearchResults, StudyResults
+from pipeline.searches import load_listed
 
 PACKAGES = (
     "dvc",
@@ -52,7 +53,7 @@ def run() -> None:
     settings = config.load_settings()
     folder = Path(settings.reports)
     studies = [results.load_study(name, folder) for name in settings.studies]
-    searches = [results.load_search(name, folder) for name in settings.every_search]
+    searches = [results.load_search(name, search, folder) for name, search in load_listed(settings).items()]
     known = {name: config.load_study(name) for name in settings.known_studies}
     entries = claims.ledger(known, {of_study.name: of_study.measured for of_study in studies if len(of_study.metrics)})
     shutil.rmtree(folder / "figures", ignore_errors=True)  # or a removed study's pictures would stay

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -17,7 +18,7 @@ from pipeline.evaluation import stack_size
 from pipeline.executors import Interrupted, find_runtime, keep_freed_memory, local_executor
 from pipeline.goals import Judge, Values
 from pipeline.grid import ENGINE_VERSION, Cell, cells, identify
-from pipeline.searches import Search, load_search
+from pipeline.searches import Search, load_listed, load_search
 from pipeline.trainer import RECORDED, records, unconverged
 from pipeline.trials import GRID, SETTINGS, Batch, SearchError, Standing, Trials, open_storage, storage_url
 
@@ -42,6 +43,7 @@ Show = Callable[[str, Iterable[Step]], None]
 def run(name: str, show: Show, stop: Stop = lambda: None) -> None:
     """Writes `runs/<name>/search/`. Raises VaesweepError; Interrupted where `stop` answers a signal's number."""
     settings, (search, study) = load_settings(), load_search(name)
+    load_listed(settings)
     spec, _, _ = search.settled(study)
     data = load_prepared(Folders(search.study or name).prepared, spec)
     keep_freed_memory()
@@ -76,10 +78,11 @@ class Hunt:
         _, self.model, self.train = search.settled(study)
         self.trials = Trials(name, search, self.model, self.train, data.hashes[0], self.runtime, storage, store)
         self.goals = list(dict.fromkeys([*search.objectives, search.chooses]))
+        self.chooses = self.goals.index(search.chooses)
         self.on_device = data.to(self.runtime.device)
         self.judge = Judge(self.on_device, self.goals)
         grid = identify(cells(study), data.hashes, self.runtime) if study else {}
-        self.grid = {key: cell for key, cell in grid.items() if key in store and self._is_sound(key)}
+        self.grid = {key: cell for key, cell in grid.items() if key in store and self.is_sound(key)}
 
     def check(self) -> None:
         """Whether these data and every arm of the space have the goals. Raises SearchError."""
@@ -91,26 +94,21 @@ class Hunt:
 
     def steps(self) -> Iterator[Step]:
         """Trains until the target count is finished; then the winner and the grid's best setting on the winner's seeds."""
-        yield self._step("reading the grid")
+        yield Step(self.trials.standing(), "reading the grid", 0.0)
         self._begin_with_the_grid()
-        while not self.trials.standing().reached:
+        while not (standing := self.trials.standing()).reached:
             if batch := self.trials.take_over() or self.trials.ask():
                 yield from self._train(batch)
-            elif self.trials.standing().running:
-                yield self._step("waiting for other searchers")
+            elif standing.running:
+                yield Step(standing, "waiting for other searchers", standing.ended / standing.target)
                 self._wait()
             else:
                 break  # the sampler's grid has no further point
         self.winner, self.rival = self.trials.winner(), self._rival()
         compared = self.seeds(self.winner) | self.seeds(self.rival) | self.identified([self.winner])
-        for _ in self.executor.run(compared, self.data):
-            yield self._step("winner and grid on other seeds", 1.0)
-
-    def _step(self, doing: str, share: float = 0.0) -> Step:
-        """`share` is that of the running batch."""
         standing = self.trials.standing()
-        in_batch = min(self.search.batch, standing.target - standing.ended)
-        return Step(standing, doing, min(1.0, (standing.ended + share * in_batch) / standing.target))
+        for _ in self.executor.run(compared, self.data):
+            yield Step(standing, "winner and grid on other seeds", 1.0)
 
     def _wait(self) -> None:
         time.sleep(WAITED)
@@ -121,13 +119,15 @@ class Hunt:
 
     def _begin_with_the_grid(self) -> None:
         params = self.trials.inside(self.grid)
-        values = self._values({key: self.grid[key] for key in params})
-        self.trials.add_from_grid(self.search.study or "", params, self._objectives(values))
+        self.trials.add_from_grid(self.search.study or "", params, self._objectives(self._grid_values))
+
+    @cached_property
+    def _grid_values(self) -> Values:
+        return self._values(self.grid)
 
     def _rival(self) -> Cell | None:
         """The grid's best setting, by its mean over seeds of what chooses the winner, on validation data."""
-        judge = Judge(self.on_device, [self.search.chooses])
-        scores = {key: values[0] for key, values in judge.values(self._kept(self.grid)).items()}
+        scores = {key: values[self.chooses] for key, values in self._grid_values.items()}
         rows = [{"key": key, "score": score, "setting": str(replace(self.grid[key], seed=0))} for key, score in scores.items()]
         table = pd.DataFrame(rows, columns=["key", "score", "setting"]).dropna()
         if table.empty:
@@ -148,53 +148,58 @@ class Hunt:
     def _train(self, batch: Batch) -> Iterator[Step]:
         """From rung to rung, where some leave, to the end."""
         rungs = [*self.trials.rungs, self.train.updates]
-        costs = halving.costs(batch.size, self.search.halving or 1, rungs)
+        costs, before = halving.costs(batch.size, self.search.halving or 1, rungs), self.trials.standing().ended
         for number, update in enumerate(rungs):
-            decision = self.trials.decision(batch, update)
+            decision, standing = self.trials.decision(batch, update), self.trials.standing()
+            doing = f"batch of {batch.size}: {len(batch.running)} to update {update}"
             for advance in self.executor.run({} if decision else batch.cells, self.data, update):
-                done = sum(costs[:number]) + costs[number] * advance.updates_done / advance.updates
-                yield self._step(f"batch of {batch.size}: {len(batch.running)} to update {update}", done / sum(costs))
+                done = (sum(costs[:number]) + costs[number] * advance.updates_done / advance.updates) / sum(costs)
+                yield Step(standing, doing, min(1.0, (before + done * batch.size) / standing.target))
             if update < self.train.updates:
                 self._leave(batch, decision or self._decide(batch, update))
         self._finish(batch)
 
     def _decide(self, batch: Batch, update: int) -> dict[str, Any]:
-        sound = {key: cell for key, cell in batch.cells.items() if self._record(key, cell)["status"] != "diverged"}
+        ended = self._records(batch.cells)
+        sound = {key: cell for key, cell in batch.cells.items() if ended[key]["status"] != "diverged"}
         return self.trials.decide(batch, update, self._objectives(self._values(sound)))
 
     def _leave(self, batch: Batch, decision: Mapping[str, Any]) -> None:
         leaving = self.trials.leaving(batch, decision)
-        for member in leaving:
-            self.store.save_unfinished(member.key, self._record(member.key, member.cell))
+        for key, record in self._records({member.key: member.cell for member in leaving}).items():
+            self.store.save_unfinished(key, record)
         self.trials.leave(batch, leaving, decision)
         self.store.release(ended={member.key for member in leaving} - batch.cells.keys())
 
     def _finish(self, batch: Batch) -> None:
-        sound = {key: cell for key, cell in batch.cells.items() if self._is_sound(key)}
-        values, chooses = self._values(sound), self.goals.index(self.search.chooses)
-        notes = {key: {"score": row[chooses], **self._ended(key)} for key, row in values.items()}
+        sound = {key: cell for key, cell in batch.cells.items() if self.is_sound(key)}
+        values = self._values(sound)
+        notes = {key: {"score": row[self.chooses], **self._ended(key)} for key, row in values.items()}
         self.trials.finish(batch, self._objectives(values), notes)
 
     def _ended(self, key: str) -> dict[str, Any]:
         record = self.store.record(key)
         return {"updates": record["updates"], "unconverged": unconverged(record)}
 
-    def _record(self, key: str, cell: Cell) -> dict[str, Any]:
-        """How a cell's training has gone so far."""
-        if key in self.store:
-            return self.store.record(key)
-        place = self.store.progress()[key]
-        return records(self.store.load_rows([place], names=RECORDED), cell.train, place.update)[0]
+    def _records(self, wanted: Mapping[str, Cell]) -> dict[str, dict[str, Any]]:
+        """How the training of cells has gone so far, by id."""
+        progress, found = self.store.progress(), {}
+        for key, cell in wanted.items():
+            if key in self.store:
+                found[key] = self.store.record(key)
+            else:
+                (found[key],) = records(self.store.load_rows([progress[key]], names=RECORDED), cell.train, progress[key].update)
+        return found
 
-    def _is_sound(self, key: str) -> bool:
+    def is_sound(self, key: str) -> bool:
         return self.store.record(key)["status"] == "finished"
 
-    def _kept(self, wanted: Mapping[str, Cell]) -> Iterator[Any]:
+    def kept(self, wanted: Mapping[str, Cell]) -> Iterator[Any]:
         return kept_stacks(self.store, wanted, self.data.features, self.runtime.device, stack_size(self.on_device))
 
     def _values(self, wanted: Mapping[str, Cell]) -> Values:
         """All goals of the kept weights, on validation data."""
-        return self.judge.values(self._kept(wanted))
+        return self.judge.values(self.kept(wanted))
 
     def _objectives(self, values: Values) -> Values:
         return {key: found[: len(self.search.objectives)] for key, found in values.items()}
@@ -226,8 +231,8 @@ def _compared(hunt: Hunt) -> pd.DataFrame:
     sides = {WINNER: hunt.seeds(hunt.winner), GRID: hunt.seeds(hunt.rival)}
     rows = []
     for side, wanted in sides.items():
-        sound = {key: cell for key, cell in wanted.items() if hunt._is_sound(key)}
-        values = judge.values(hunt._kept(sound))
+        sound = {key: cell for key, cell in wanted.items() if hunt.is_sound(key)}
+        values = judge.values(hunt.kept(sound))
         for key, cell in sound.items():
             found = {goal.on_test: value for goal, value in zip(hunt.goals, values[key], strict=True)}
             rows.append({"side": side, "cell_id": key, **cell.row(), "updates": cell.train.updates, **found})
