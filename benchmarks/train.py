@@ -104,7 +104,7 @@ class Stack:
     def advance(self, updates: int) -> Tensor:
         losses = []
         for update in self.run:
-            losses.append(self.trainer.history[self.point, : self.cells, 0])
+            losses.append(self.trainer.history[: self.cells, self.point, 0])
             self.point += 1
             if update % updates == 0:
                 break

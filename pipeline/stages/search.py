@@ -93,7 +93,12 @@ class Hunt:
                 raise SearchError(f"{CONFIG_FOLDER / self.name}.yaml: objectives: {where} has no {lacking[0].metric}")
 
     def steps(self) -> Iterator[Step]:
-        """Trains until the target count is finished; then the winner and the grid's best setting on the winner's seeds."""
+        """The whole search: its trials, and then what came of them."""
+        yield from self.find()
+        yield from self.compare()
+
+    def find(self) -> Iterator[Step]:
+        """Trains until the target count is finished."""
         yield Step(self.trials.standing(), "reading the grid", 0.0)
         self._begin_with_the_grid()
         while not (standing := self.trials.standing()).reached:
@@ -104,6 +109,9 @@ class Hunt:
                 self._wait()
             else:
                 break  # the sampler's grid has no further point
+
+    def compare(self) -> Iterator[Step]:
+        """Trains the winner and the grid's best setting on the winner's seeds."""
         self.winner, self.rival = self.trials.winner(), self._rival()
         compared = self.seeds(self.winner) | self.seeds(self.rival) | self.identified([self.winner])
         standing = self.trials.standing()

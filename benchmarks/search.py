@@ -1,0 +1,260 @@
+"""A search in batches against `study.optimize`, which calls the same engine one trial at a time; side by side in one run.
+
+    python benchmarks/search.py [--task digits5k] [--seeds 5] [--device cuda]
+
+A seed is that of the sampler and of every trial. Of each seed all ways take a turn, each with an empty cell store and an empty
+storage, so that a machine whose speed drifts drifts under all of them. Times are those of the trials, from the first question to
+the last answer; the winner's training on other seeds is left out, which is not part of `study.optimize`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import optuna
+import torch
+from tabulate import tabulate
+
+from pipeline.artifacts import CellStore, Prepared, kept_stacks, load_prepared, save_prepared
+from pipeline.config import Settings
+from pipeline.datasets import build, data_root
+from pipeline.executors import Inline, find_runtime, keep_freed_memory
+from pipeline.searches import Search
+from pipeline.stages.search import Hunt
+from pipeline.trials import Trials, open_storage
+
+NETWORK = {"hidden": (400, 256, 128), "likelihood": "bernoulli"}
+IMAGES = {
+    "model": NETWORK,
+    "space": {
+        "beta": {"low": 0.1, "high": 4.0},
+        "latent_dim": {"low": 5, "high": 32},
+        "learning_rate": {"low": 3e-4, "high": 1e-2},
+    },
+    "objectives": ({"metric": "validation/bce_elbo", "direction": "up"},),
+}
+COSINE = {"kind": "cosine", "end": 0.0}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is searched, in batches of how many, with which rungs where trials are halved, and where trials are kept."""
+
+    data: dict[str, Any]
+    search: dict[str, Any]
+    batch: int
+    halved: dict[str, Any]
+    storage: str
+
+
+TASKS = {
+    "2-30-30": Task(
+        {"name": "uniform2d"},
+        {
+            "model": {"hidden": (30, 30), "likelihood": "gaussian"},
+            "space": {
+                "beta": {"low": 0.01, "high": 1.0},
+                "latent_dim": 2,
+                "sigma2": {"low": 0.003, "high": 0.3},
+                "learning_rate": {"low": 1e-3, "high": 2e-2},
+            },
+            "objectives": ({"metric": "validation/elbo", "direction": "up"},),
+            "train": {"updates": 2500, "learning_rate_schedule": COSINE},
+            "trials": 64,
+        },
+        batch=64,
+        halved={"batch": 64, "rungs": (0.1, 0.25, 0.5), "halving": 2},
+        storage="journal.log",
+    ),
+    "digits5k": Task(
+        {"name": "digits5k"},
+        {**IMAGES, "train": {"updates": 600, "learning_rate_schedule": COSINE}, "trials": 64},
+        batch=16,
+        halved={"batch": 32, "rungs": (0.125, 0.375), "halving": 3},
+        storage="sqlite:///optuna.db",
+    ),
+    "mnist": Task(
+        {"name": "mnist"},
+        {**IMAGES, "train": {"updates": 4690, "learning_rate_schedule": COSINE}, "trials": 256},
+        batch=256,
+        halved={"batch": 256, "rungs": (0.125, 0.375), "halving": 3},
+        storage="sqlite:///optuna.db",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one search: seconds, of which `asking` were Optuna's, its best value, and trainings in whole budgets."""
+
+    seconds: float
+    asking: float
+    best: float
+    trainings: float
+
+
+def one_at_a_time(search: Search, data: Prepared, device: str, url: str) -> Outcome:
+    """`study.optimize`, as its users write it: an objective that trains one model and returns its value."""
+    hunt, start = _hunt(search, data, device, optuna.storages.InMemoryStorage()), time.perf_counter()
+    executor = Inline(hunt.store, hunt.runtime)
+
+    def objective(trial: optuna.Trial) -> float:
+        suggested = {name: item.values[0] for name, item in search.space if item and item.values}
+        for name, item in search.space.varied.items():
+            suggest = trial.suggest_int if name == "latent_dim" else trial.suggest_float
+            suggested[name] = suggest(name, item.low, item.high, log=True)
+        (key, cell), *_ = hunt.identified([hunt.trials.cell(suggested)]).items()
+        for _ in executor.run({key: cell}, data):
+            pass
+        (value,) = hunt.judge.values(kept_stacks(hunt.store, {key: cell}, data.features, hunt.runtime.device))[key]
+        if value is None:
+            raise optuna.TrialPruned
+        return value
+
+    engine, direction = _Clock(), "maximize" if search.objectives[0].maximised else "minimize"
+    with open_storage(url) as storage:
+        study = optuna.create_study(storage=storage, direction=direction, sampler=optuna.samplers.TPESampler(seed=search.seed))
+        study.optimize(engine.timed(objective), n_trials=search.trials)
+        seconds = time.perf_counter() - start
+    return Outcome(seconds, seconds - engine.seconds, study.best_value, search.trials)
+
+
+def in_batches(search: Search, data: Prepared, device: str, url: str) -> Outcome:
+    """This project's search."""
+    with open_storage(url) as storage, _optunas_part() as clock:
+        start = time.perf_counter()
+        hunt = _hunt(search, data, device, storage)
+        with hunt.trials.searcher:
+            for _ in hunt.find():
+                pass
+        seconds = time.perf_counter() - start
+        best = hunt.trials.study.best_value
+        updates = hunt.trials.table().query("state != 'grid'")["updates"].sum()
+    return Outcome(seconds, clock.seconds, best, updates / search.train.updates)
+
+
+def _hunt(search: Search, data: Prepared, device: str, storage: Any) -> Hunt:
+    settings = Settings(studies=("benchmark",), device=device)
+    return Hunt("benchmark", search, None, data, settings, CellStore(Path("store")), storage, lambda: None)
+
+
+class _Clock:
+    """Adds up the seconds of calls, those within another call once."""
+
+    def __init__(self):
+        self.seconds, self.depth = 0.0, 0
+
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def call_timed(*args: Any, **kwargs: Any) -> Any:
+            start, self.depth = time.perf_counter(), self.depth + 1
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.depth -= 1
+                if not self.depth:
+                    self.seconds += time.perf_counter() - start
+
+        return call_timed
+
+
+@contextlib.contextmanager
+def _optunas_part() -> Iterator[_Clock]:
+    """Times every method by which a search asks, reports, decides, tells and counts: all that touches Optuna or its storage."""
+    clock = _Clock()
+    methods = {name: method for name, method in vars(Trials).items() if callable(method) and name != "cell"}
+    for name, method in methods.items():
+        setattr(Trials, name, clock.timed(method))
+    try:
+        yield clock
+    finally:
+        for name, method in methods.items():
+            setattr(Trials, name, method)
+
+
+def ways(task: Task, seed: int) -> dict[str, tuple[Callable[..., Outcome], Search]]:
+    """Who searches, and what."""
+    shared = {**task.search, "title": "benchmark", "data": task.data, "seed": seed, "sampler": {"kind": "tpe", "seed": seed}}
+    plain, halved = (Search.model_validate({**shared, **more}) for more in ({"batch": task.batch}, task.halved))
+    return {
+        "one at a time": (one_at_a_time, plain),
+        f"batches of {plain.batch}": (in_batches, plain),
+        f"batches of {halved.batch}, halved": (in_batches, halved),
+    }
+
+
+def compare(task: Task, device: str, seeds: int) -> dict[str, list[Outcome]]:
+    """Outcomes by way, one a seed."""
+    found: dict[str, list[Outcome]] = {}
+    data = _prepared(task)
+    for seed in range(seeds):
+        for name, (way, search) in ways(task, seed).items():
+            with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+                outcome = way(search, data, device, task.storage)
+            print(f"seed {seed}, {name}: {outcome.seconds:.1f} s, best {outcome.best:.2f}", flush=True)
+            found.setdefault(name, []).append(outcome)
+    return found
+
+
+def _prepared(task: Task) -> Prepared:
+    search = ways(task, 0)["one at a time"][1]
+    raw = data_root(None, Path.cwd())
+    with tempfile.TemporaryDirectory() as folder:
+        save_prepared(Path(folder), search.data, build(search.data, raw))
+        return load_prepared(Path(folder), search.data)
+
+
+def table(found: dict[str, list[Outcome]], trials: int) -> str:
+    """Medians over seeds; of the best value the mean, and its mean difference from one at a time with the standard error."""
+    base, rows = found["one at a time"], []
+    for name, outcomes in found.items():
+        gains = np.array([outcome.best - other.best for outcome, other in zip(outcomes, base, strict=True)])
+        error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+        rows.append(
+            [
+                name,
+                _median(60 * trials / outcome.seconds for outcome in outcomes),
+                _median(other.seconds / outcome.seconds for outcome, other in zip(outcomes, base, strict=True)),
+                f"{_median(100 * outcome.asking / outcome.seconds for outcome in outcomes):.1f}%",
+                _median(outcome.trainings for outcome in outcomes),
+                f"{statistics.mean(outcome.best for outcome in outcomes):.2f}",
+                "" if outcomes is base else f"{gains.mean():+.2f} ± {error:.2f}",
+            ]
+        )
+    heads = ["", "trials a minute", "ratio", "Optuna's part", "trainings", "best value, mean", "gain ± standard error"]
+    return tabulate(rows, heads, tablefmt="github", floatfmt=".3g")
+
+
+def _median(values: Iterator[float]) -> float:
+    return statistics.median(values)
+
+
+@click.command(help=__doc__)
+@click.option("--task", "chosen", type=click.Choice(list(TASKS)), multiple=True, default=("2-30-30", "digits5k"))
+@click.option("--seeds", default=5, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+def main(chosen: tuple[str, ...], seeds: int, device: str) -> None:
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU cores"
+    print(f"torch {torch.__version__}, optuna {optuna.__version__}, {where}")
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    keep_freed_memory()
+    find_runtime(Settings(studies=("benchmark",), device=device))
+    for name in chosen:
+        print(f"\n## {name}\n", flush=True)
+        trials = TASKS[name].search["trials"]
+        found = compare(TASKS[name], device, seeds)
+        print(f"\n{trials} trials, {seeds} seeds\n\n{table(found, trials)}")
+
+
+if __name__ == "__main__":
+    main()
