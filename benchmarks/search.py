@@ -3,8 +3,8 @@
     python benchmarks/search.py [--task digits5k] [--seeds 5] [--device cuda]
 
 A seed is that of the sampler and of every trial. Of each seed all ways take a turn, each with an empty cell store and an empty
-storage, so that a machine whose speed drifts drifts under all of them. Times are those of the trials, from the first question to
-the last answer; the winner's training on other seeds is left out, which is not part of `study.optimize`.
+storage, so that a machine whose speed drifts drifts under all of them. Times are those of the trials, from the first question
+to the last answer; the winner's training on other seeds is left out, which is not part of `study.optimize`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
@@ -24,13 +24,16 @@ from torch import Tensor
 
 from pipeline.artifacts import ArtifactError, CellStore, Prepared
 from pipeline.config import Model, Settings, VaesweepError
-from pipeline.grid import Cell, Runtime, parameter_count, stacks
+from pipeline.grid import Cell, Runtime, balanced, parameter_count, stacks
 from pipeline.mlp import one_thread
 from pipeline.trainer import StackTrainer, Traits
 
 CHECKPOINT_SECONDS = 20.0
 CPU_STACK_PARAMETERS = 2**23  # measured: from 8 cells of 0.9 million parameters on, time a cell is level
 STACK_CELLS = 256
+# Measured: what an update costs beside its products, as parameters whose products take as long; for a stack, and for each cell.
+STACK_OVERHEAD, CELL_OVERHEAD = 120_000, 6_000
+WORTH_A_SPLIT = 0.97  # of the time before
 POLL_SECONDS = 0.2
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
@@ -96,11 +99,41 @@ def workers(device: str) -> int:
 
 
 def plan_stacks(wanted: Mapping[str, Cell], features: int, device: str, size: int | None = None) -> list[list[str]]:
-    """Ids of the cells that will train together; `size` overrides the chosen number of cells."""
+    """Ids of the cells that will train together, the longest training first; `size` overrides the chosen number of cells."""
     if not wanted:
         return []
-    share = math.ceil(len(wanted) / workers(device))
-    return stacks(wanted, size or min(share, *(choose_stack_size(cell, features, device) for cell in wanted.values())))
+
+    def cost(keys: Sequence[str]) -> int:
+        cell = wanted[keys[0]]
+        own = parameter_count(cell.model, features, cell.lanes) + CELL_OVERHEAD
+        return cell.train.updates * (STACK_OVERHEAD + len(keys) * own)
+
+    if size:
+        return sorted(stacks(wanted, size), key=cost, reverse=True)
+    at_once = workers(device)
+    share = math.ceil(len(wanted) / at_once)
+    found = stacks(wanted, min(share, *(choose_stack_size(cell, features, device) for cell in wanted.values())))
+    return _levelled(found, cost, at_once)
+
+
+def _levelled(found: list[list[str]], cost: Callable[[Sequence[str]], int], at_once: int) -> list[list[str]]:
+    """Halves stacks as long as the last of several processes, each of which takes the next longest stack, ends sooner."""
+
+    def dealt(groups: list[list[str]]) -> tuple[int, list[list[str]]]:
+        loads: list[tuple[int, list[list[str]]]] = [(0, []) for _ in range(at_once)]
+        for keys in sorted(groups, key=cost, reverse=True):
+            index = min(range(at_once), key=lambda number: loads[number][0])
+            loads[index] = loads[index][0] + cost(keys), [*loads[index][1], keys]
+        return max(loads, key=lambda load: load[0])
+
+    while True:
+        end, last = dealt(found)
+        largest = max(last, key=len)
+        halves = list(balanced(largest, math.ceil(len(largest) / 2)))
+        split = [*(keys for keys in found if keys is not largest), *halves]
+        if dealt(split)[0] > WORTH_A_SPLIT * end:
+            return sorted(found, key=cost, reverse=True)
+        found = split
 
 
 def traits(data: Prepared) -> Traits:
@@ -265,46 +298,69 @@ class Inline(_LocalExecutor):
                 yield index, None
 
 
+class _Pool(NamedTuple):
+    """Training processes that hold one collection of datasets."""
+
+    data: Prepared
+    processes: ProcessPoolExecutor
+    progress: Any
+    stop: Any
+
+
 class Workers(_LocalExecutor):
     """Trains a stack in each of several processes, with one CPU thread each.
 
     Cells have nothing to say to each other, and a product that two cores share is slower than two products on a core each
-    (measured: by a quarter and more, for large networks and small).
+    (measured: by a quarter and more, for large networks and small). The processes wait for further work on the same data, as a
+    search has after each rung: to start them costs a second or two.
     """
+
+    _pool: _Pool | None = None
 
     def _train(
         self, groups: list[list[str]], cells: Mapping[str, Cell], data: Prepared, until: int | None
     ) -> Iterator[tuple[int, int | None]]:
+        if not groups:
+            return
+        pool, self._pool = self._pool or self._begin(data), None
+        if pool.data is not data:
+            pool.processes.shutdown()
+            pool = self._begin(data)
+        try:
+            pending = {
+                pool.processes.submit(_work, index, keys, {key: cells[key] for key in keys}, until)
+                for index, keys in enumerate(groups)
+            }
+            while pending:
+                finished, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+                # A future that its pool cancelled counts as pending for good.
+                pending = {future for future in pending if not future.cancelled()}
+                if self._asked_to_stop() and not pool.stop.is_set():
+                    pool.stop.set()
+                    pool.processes.shutdown(wait=False, cancel_futures=True)
+                while not pool.progress.empty():
+                    yield pool.progress.get()
+                for future in finished:
+                    with contextlib.suppress(CancelledError):
+                        future.result()
+            if not pool.stop.is_set():
+                self._pool = pool
+        except BrokenProcessPool as error:
+            message = "a training process was killed, perhaps for want of memory; the next run goes on from its checkpoint"
+            raise VaesweepError(message) from error
+        finally:
+            if self._pool is None:
+                pool.stop.set()
+                pool.processes.shutdown(cancel_futures=True)
+
+    def _begin(self, data: Prepared) -> _Pool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         progress, stop = context.SimpleQueue(), context.Event()
         # As arrays, by value: tensors would travel through shared memory, of which a container may have little.
         x = [[part.numpy() for part in data.x[split]] for split in ("train", "validation")]
         job = (self.store.root, *x, traits(data), self.runtime, self.checkpoint_seconds, progress, stop)
-        with ProcessPoolExecutor(min(workers("cpu"), len(groups) or 1), context, _begin_work, job) as pool:
-            try:
-                pending = {
-                    pool.submit(_work, index, keys, {key: cells[key] for key in keys}, until)
-                    for index, keys in enumerate(groups)
-                }
-                while pending:
-                    finished, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
-                    # A future that its pool cancelled counts as pending for good.
-                    pending = {future for future in pending if not future.cancelled()}
-                    if self._asked_to_stop() and not stop.is_set():
-                        stop.set()
-                        pool.shutdown(wait=False, cancel_futures=True)
-                    while not progress.empty():
-                        yield progress.get()
-                    for future in finished:
-                        with contextlib.suppress(CancelledError):
-                            future.result()
-            except BrokenProcessPool as error:
-                message = "a training process was killed, perhaps for want of memory; the next run goes on from its checkpoint"
-                raise VaesweepError(message) from error
-            finally:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
+        return _Pool(data, ProcessPoolExecutor(workers("cpu"), context, _begin_work, job), progress, stop)
 
 
 class _Worker(NamedTuple):
