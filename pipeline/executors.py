@@ -126,14 +126,15 @@ def _levelled(found: list[list[str]], cost: Callable[[Sequence[str]], int], at_o
             loads[index] = loads[index][0] + cost(keys), [*loads[index][1], keys]
         return max(loads, key=lambda load: load[0])
 
+    def halved(keys: list[str]) -> list[list[str]]:
+        return [*(other for other in found if other is not keys), *balanced(keys, math.ceil(len(keys) / 2))]
+
     while True:
         end, last = dealt(found)
-        largest = max(last, key=len)
-        halves = list(balanced(largest, math.ceil(len(largest) / 2)))
-        split = [*(keys for keys in found if keys is not largest), *halves]
-        if dealt(split)[0] > WORTH_A_SPLIT * end:
+        best = min(map(halved, last), key=lambda groups: dealt(groups)[0])
+        if dealt(best)[0] > WORTH_A_SPLIT * end:
             return sorted(found, key=cost, reverse=True)
-        found = split
+        found = best
 
 
 def traits(data: Prepared) -> Traits:

@@ -6,9 +6,10 @@ import psutil
 import pytest
 import torch
 
+from pipeline import executors
 from pipeline.artifacts import CellStore, Prepared
 from pipeline.config import Settings, TrainNoise, VaesweepError
-from pipeline.executors import Inline, Interrupted, Workers, bytes_per_cell, choose_stack_size, find_runtime
+from pipeline.executors import Inline, Interrupted, Workers, bytes_per_cell, choose_stack_size, find_runtime, plan_stacks
 from pipeline.grid import Runtime, identify
 from pipeline.trainer import StackTrainer
 
@@ -128,6 +129,39 @@ def test_interrupted_workers_leave_stacks_that_wait_and_go_on_where_they_were(tm
     assert first.updates_done > advances[0].updates_done
     list(Workers(broken, RUNTIME, stack_size=2).run(wanted, data))
     assert results(whole, wanted) == results(broken, wanted)
+
+
+def test_training_processes_wait_for_the_next_rung_and_end_with_their_executor(tmp_path, data, wanted):
+    trained = Workers(CellStore(tmp_path), RUNTIME, stack_size=2)
+    seen = []
+    for rung in (8, 20, None):
+        list(trained.run(wanted, data, until=rung))
+        seen.append({process.pid for process in _training_processes()})
+    assert len(seen[0]) >= 1 and seen[0] == seen[1] == seen[2]
+    assert list(trained.run(identify([next(iter(wanted.values()))], ["other"], RUNTIME), dataclasses.replace(data)))
+    assert not seen[0] & {process.pid for process in _training_processes()}, "other data need other processes"
+    del trained
+    assert not psutil.wait_procs(_training_processes(), timeout=20)[1]
+
+
+def test_stacks_of_unequal_cells_are_halved_until_processes_end_together(make_cell, monkeypatch):
+    monkeypatch.setattr(executors, "workers", lambda device: 2)
+    sizes = {5: 4, 9: 6, 17: 6}  # of equal lanes, so that no two share a stack
+    cells = [
+        make_cell(seed=seed, latent_dim=dim, model={"hidden": (400, 256)})
+        for dim, count in sizes.items()
+        for seed in range(count)
+    ]
+    wanted = identify(cells, ["hash"], RUNTIME)
+    groups = plan_stacks(wanted, 784, "cpu")
+    assert sorted(key for keys in groups for key in keys) == sorted(wanted)
+    loads = [0, 0]
+    for keys in groups:
+        loads[loads.index(min(loads))] += len(keys)
+    assert loads == [8, 8]
+    assert plan_stacks(wanted, 784, "cpu", 16) == sorted(plan_stacks(wanted, 784, "cpu", 16), key=len, reverse=True)
+    alike = identify([make_cell(seed=seed) for seed in range(16)], ["hash"], RUNTIME)
+    assert [len(keys) for keys in plan_stacks(alike, 784, "cpu")] == [8, 8]
 
 
 def test_a_killed_worker_is_one_line_and_its_cells_are_trained_again(tmp_path, data, make_cell):
