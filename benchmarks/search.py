@@ -80,7 +80,7 @@ TASKS = {
         {"name": "digits5k"},
         {**IMAGES, "train": {"updates": 600, "learning_rate_schedule": COSINE}, "trials": 64},
         batch=16,
-        halved={"batch": 32, "rungs": (0.125, 0.375), "halving": 3},
+        halved={"batch": 16, "rungs": (0.125, 0.375), "halving": 3},
         storage="sqlite:///optuna.db",
     ),
     "mnist": Task(

@@ -64,7 +64,9 @@ def _crowding(front: Sequence[Point]) -> list[float]:
     for values in zip(*front, strict=True):
         order = sorted(range(len(front)), key=values.__getitem__)
         span = values[order[-1]] - values[order[0]]
+        if not span:
+            continue  # equal trials: none is an end
         distances[order[0]] = distances[order[-1]] = math.inf
         for before, index, after in zip(order, order[1:], order[2:], strict=False):
-            distances[index] += (values[after] - values[before]) / span if span else 0.0
+            distances[index] += (values[after] - values[before]) / span
     return distances

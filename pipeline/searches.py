@@ -126,7 +126,11 @@ class Goal(Strict):
 
     @model_validator(mode="after")
     def _known_and_complete(self) -> Goal:
-        if self.measure not in MEASURES or self.metric.startswith(("test/", "prune/", "matched/")):
+        if self.metric.startswith("test/"):
+            raise ValueError(
+                f"a search never sees the test set: '{self.metric.replace('test/', HELD_OUT)}', not '{self.metric}'"
+            )
+        if self.measure not in MEASURES or self.metric.startswith(("prune/", "matched/")):
             known = [name.replace("test/", HELD_OUT) for name in MEASURES if not name.startswith(("prune/", "matched/"))]
             raise ValueError(f"there is no metric '{self.metric}' to search by{nearest(self.metric, known)}")
         if (self.direction is None) == (self.target is None):
