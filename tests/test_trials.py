@@ -1,0 +1,178 @@
+"""The trials of a search in Optuna's storage. Values come from a formula here: nothing is trained."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts import CellStore
+from pipeline.grid import Runtime
+from pipeline.searches import Search
+from pipeline.trials import SearchError, Trials, open_storage
+
+ONE = ({"metric": "validation/elbo", "direction": "up"},)
+TWO = ({"metric": "validation/mse", "direction": "down"}, {"metric": "validation/kl", "direction": "down"})
+FRONT = {"objectives": TWO, "winner": {"goal": ONE[0]}}
+HALVED = {"rungs": (0.25, 0.5), "halving": 2}
+KINDS = ("tpe", "nsga2", "gp", "qmc", "random", "grid")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def a_search(**changes) -> Search:
+    recipe = {
+        "title": "A search",
+        "data": {"name": "uniform2d"},
+        "model": {"hidden": (8,), "likelihood": "gaussian"},
+        "train": {"updates": 100},
+        "space": {"beta": {"low": 0.1, "high": 4.0}, "latent_dim": {"low": 1, "high": 8}},
+        "objectives": ONE,
+        "trials": 12,
+        "batch": 4,
+    }
+    return Search.model_validate(recipe | changes)
+
+
+def trials_of(search: Search, storage) -> Trials:
+    runtime = Runtime(device="cpu", torch="2.0", precision="float32")
+    return Trials("hunt", search, search.model, search.train, "data", runtime, storage, CellStore(Path("store")))
+
+
+def measured(batch, count: int) -> dict:
+    return {key: [-abs(cell.beta - 1) - cell.latent_dim / 10, cell.beta][:count] for key, cell in batch.cells.items()}
+
+
+def search_through(search: Search, storage, batches: int = 99) -> Trials:
+    """Every batch to its end, as the stage would."""
+    trials, count = trials_of(search, storage), len(search.objectives)
+    with trials.searcher:
+        while batches and (batch := trials.take_over() or trials.ask()):
+            for update in trials.rungs:
+                decision = trials.decide(batch, update, measured(batch, count))
+                trials.leave(batch, trials.leaving(batch, decision), decision)
+            values = measured(batch, count)
+            trials.finish(batch, values, {key: {"score": found[0], "updates": 100} for key, found in values.items()})
+            batches -= 1
+    return trials
+
+
+def drawn(trials: Trials) -> list[dict]:
+    return [trial.params for trial in trials.own()]
+
+
+@pytest.mark.parametrize("objectives", [{}, FRONT], ids=["one objective", "two"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sampler_reaches_the_target_and_draws_the_same_again(kind, objectives):
+    search = a_search(sampler={"kind": kind, "seed": 3}, **objectives)
+    found = []
+    for name in ("one.db", "other.db"):
+        with open_storage(f"sqlite:///{name}") as storage:
+            trials = search_through(search, storage)
+            assert trials.standing().complete == search.trials
+            found.append(drawn(trials))
+    assert found[0] == found[1]
+    if kind != "nsga2":  # which may cross two parents into one of them
+        assert len({str(params) for params in found[0]}) == search.trials
+    assert all(0.1 <= params["beta"] <= 4 and 1 <= params["latent_dim"] <= 8 for params in found[0])
+
+
+@pytest.mark.parametrize("url", ["sqlite:///optuna.db", "journal.log"])
+def test_a_later_process_goes_on_to_the_same_trials(url):
+    search = a_search()
+    with open_storage("sqlite:///whole.db") as storage:
+        whole = drawn(search_through(search, storage))
+    for _ in range(3):
+        with open_storage(url) as storage:
+            trials = search_through(search, storage, batches=1)
+            found = drawn(trials)
+    assert found == whole
+
+
+def test_a_batch_is_halved_by_rank_and_optuna_knows_the_rungs():
+    with open_storage("sqlite:///optuna.db") as storage:
+        trials = search_through(a_search(**HALVED), storage)
+        assert (trials.standing().complete, trials.standing().pruned) == (3, 9)
+        for trial in trials.own():
+            assert set(trial.intermediate_values) <= {25, 50} and 25 in trial.intermediate_values
+        complete, pruned = (
+            [trial.intermediate_values[25] for trial in trials.own(state)[:4]] for state in ("COMPLETE", "PRUNED")
+        )
+        assert max(complete) >= max(pruned)
+
+
+def test_two_objectives_at_a_rung_are_attributes():
+    with open_storage("sqlite:///optuna.db") as storage:
+        trials = search_through(a_search(**FRONT, **HALVED), storage)
+        assert trials.standing().ended == 12
+        assert all(len(trial.user_attrs["at update 25"]) == 2 for trial in trials.own())
+
+
+def test_a_pruner_compares_with_earlier_batches():
+    pruner = {"kind": "median", "startup": 4}
+    with open_storage("sqlite:///optuna.db") as storage:
+        trials = search_through(a_search(pruner=pruner, rungs=(0.5,), sampler={"kind": "random"}, trials=24), storage)
+        first = [trial for trial in trials.own() if trial.user_attrs["batch"].startswith("0-")]
+        assert {trial.state.name for trial in first} == {"COMPLETE"}
+        assert trials.standing().pruned > 0 and trials.standing().ended == 24
+
+
+def test_a_trial_without_a_value_fails_and_another_takes_its_place():
+    search = a_search(sampler={"kind": "random"})
+    with open_storage("sqlite:///optuna.db") as storage:
+        trials = trials_of(search, storage)
+        with trials.searcher:
+            batch = trials.ask()
+            values = measured(batch, 1)
+            lost = next(iter(values))
+            values[lost] = [None]
+            trials.finish(batch, values, {key: {"score": 0.0, "updates": 100} for key in values})
+        search_through(search, storage)
+        assert (trials.standing().complete, trials.standing().failed) == (12, 1)
+
+
+def test_a_searcher_that_has_gone_leaves_its_batch_to_the_next():
+    search = a_search()
+    with open_storage("sqlite:///optuna.db") as storage:
+        gone = trials_of(search, storage)
+        with pytest.raises(KeyboardInterrupt), gone.searcher:
+            left = [member.cell for member in gone.ask().running]
+            raise KeyboardInterrupt
+        trials = trials_of(search, storage)
+        with trials.searcher:
+            assert [member.cell for member in trials.take_over().running] == left
+        assert trials.standing().running == len(left)
+
+
+def test_a_study_that_asks_something_else_is_refused():
+    with open_storage("sqlite:///optuna.db") as storage:
+        trials_of(a_search(), storage)
+        with pytest.raises(
+            SearchError, match="exists and asks something else: directions maximize there, minimize, minimize here"
+        ):
+            trials_of(a_search(**FRONT), storage)
+        space = {"beta": {"low": 0.1, "high": 5.0}, "latent_dim": {"low": 1, "high": 8}}
+        with pytest.raises(SearchError, match=r"asks something else: space\.beta 0\.1 to 4, log there, 0\.1 to 5, log here"):
+            trials_of(a_search(space=space), storage)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:secret@127.0.0.1:1/optuna",
+        "postgresql://me:secret@192.0.2.1/optuna",
+        "sqlite:////no/such/f.db",
+        "x://y",
+    ],
+)
+def test_a_storage_that_is_away_is_one_line_within_seconds_and_no_password(url):
+    start = time.monotonic()
+    with pytest.raises(SearchError) as error, open_storage(url):
+        pass
+    assert time.monotonic() - start < 7
+    assert "\n" not in str(error.value) and "secret" not in str(error.value)
+    assert str(error.value).startswith(url.replace(":secret", ""))
