@@ -47,12 +47,13 @@ def measured(batch, count: int) -> dict:
     return {key: [-abs(cell.beta - 1) - cell.latent_dim / 10, cell.beta][:count] for key, cell in batch.cells.items()}
 
 
-def search_through(search: Search, storage, batches: int = 99) -> Trials:
+def search_through(search: Search, storage, batches: int = 99, slowly: float = 0.0) -> Trials:
     """Every batch to its end, as the stage would."""
     trials, count = trials_of(search, storage), len(search.objectives)
     with trials.searcher:
         while batches and (batch := trials.take_over() or trials.ask()):
             for update in trials.rungs:
+                time.sleep(slowly)
                 decision = trials.decide(batch, update, measured(batch, count))
                 trials.leave(batch, trials.leaving(batch, decision), decision)
             values = measured(batch, count)
