@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 MOST_ASKED = 3  # trials that are asked at most, as a multiple of the target count
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0  # of a searcher on another machine, after which its trials are taken over
+FIRST_STARTS = 9  # tries before the last, to open a storage whose tables others may be making
 BUSY_SECONDS = 60.0  # that SQLite waits for another process
 STORAGE_VARIABLE = "OPTUNA_STORAGE"
 GRID = "grid"  # state of a trial that is a cell of the study's grid
@@ -83,12 +84,22 @@ def _connect(url: str) -> optuna.storages.BaseStorage:
         backend = optuna.storages.journal.JournalFileBackend(str(main_checkout() / url))
         return optuna.storages.JournalStorage(backend)
     if url.startswith("sqlite"):
-        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}})
+        return _first_or_later(url, {"timeout": BUSY_SECONDS})
     databases.check_answers(url)
     limit = {"connect_timeout": int(databases.SECONDS_TO_ANSWER)} if url.startswith("postgresql") else {}
-    return databases.within(
-        databases.SECONDS_TO_ANSWER, lambda: optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": limit})
-    )
+    return databases.within(databases.SECONDS_TO_ANSWER, lambda: _first_or_later(url, limit))
+
+
+def _first_or_later(url: str, arguments: Mapping[str, Any]) -> optuna.storages.BaseStorage:
+    """Tries again where processes that start on an empty database at one moment all make its tables, and only one can."""
+    import optuna
+    from sqlalchemy.exc import DBAPIError
+
+    for _ in range(FIRST_STARTS):
+        with contextlib.suppress(DBAPIError):
+            return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": dict(arguments)})
+        time.sleep(0.1)
+    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": dict(arguments)})
 
 
 @contextlib.contextmanager
