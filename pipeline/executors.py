@@ -247,8 +247,8 @@ class _LocalExecutor(ABC):
         """
         reached_by = {key: place.update for key, place in self.store.progress().items()}
         missing = {key: cell for key, cell in wanted.items() if key not in self.store}
-        if until is not None:
-            missing = {key: cell for key, cell in missing.items() if reached_by.get(key, 0) < until}
+        if until is not None:  # at its very end, where a checkpoint may be left too, a cell must be in the store
+            missing = {k: cell for k, cell in missing.items() if reached_by.get(k, 0) < until or until == cell.train.updates}
         _check(missing, data)
         groups = self._stacks(missing, reached_by, data.features)
         budgets = [until or missing[keys[0]].train.updates for keys in groups]

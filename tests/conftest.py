@@ -1,8 +1,12 @@
-"""Small cells for tests of the engine."""
+"""Small cells for tests of the engine; a small study, trained, for tests of the stages."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from tiny import SEARCH, drive, write
 
 from pipeline.config import Model, Train
 from pipeline.grid import Cell
@@ -42,3 +46,32 @@ def make_cell():
 def pixels():
     """200 rows of 17 values in [0, 1]: a width that fills no vector register."""
     return torch.rand(200, 17, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workspace in which the tiny study is prepared and trained; copied for each test."""
+    from pipeline import tracking
+    from pipeline.stages import prepare, train
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(tracking, "MlflowTracker", tracking.MemoryTracker)
+        Path("configs").mkdir()
+        Path("params.yaml").write_text("studies: [tiny]\nsearches: {hunt: tiny}\n")
+        write()
+        write(SEARCH, "hunt")
+        prepare.run("tiny")
+        train.run("tiny", drive)
+    return folder
+
+
+@pytest.fixture
+def workspace(trained, tmp_path, monkeypatch):
+    from pipeline import tracking
+
+    shutil.copytree(trained, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(tracking, "MlflowTracker", tracking.MemoryTracker)
+    return tmp_path / "work"

@@ -212,6 +212,15 @@ def test_cells_that_stand_at_a_rung_already_are_not_trained_again(tmp_path, data
     )
 
 
+def test_a_cell_stopped_at_its_very_end_is_still_stored_by_the_next_run(tmp_path, data, wanted):
+    store, answers = CellStore(tmp_path), iter([None] * 9 + [15] * 100)
+    with pytest.raises(Interrupted):
+        list(Inline(store, RUNTIME, stop=lambda: next(answers)).run(wanted, data, until=40))
+    assert {place.update for place in store.progress().values()} == {40} and not list(store)
+    list(Inline(store, RUNTIME).run(wanted, data, until=40))
+    assert sorted(store) == sorted(wanted)
+
+
 def test_a_stack_that_does_not_fit_is_halved(tmp_path, data, wanted, monkeypatch):
     sizes, large, step = [], [], StackTrainer._step
 

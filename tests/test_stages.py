@@ -4,7 +4,6 @@ import shutil
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,70 +13,8 @@ from pipeline.artifacts import ArtifactError, CellStore, Folders, read_json, rea
 from pipeline.config import VaesweepError
 from pipeline.executors import Inline, Interrupted
 from pipeline.stages import clean, evaluate, plan, prepare, prune, search, train
-from pipeline.trials import SearchError
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-
-STUDY = """
-title: A tiny study
-data: {name: digits5k, limit: 300, validation: 60, test: 60}
-model: {hidden: [16], likelihood: bernoulli}
-grid:
-  latent_dim: [2, 3]
-  seed: [0, 1]
-  arms:
-    vae: {beta: [1]}
-    ae: {}
-train: {updates: 30, history_points: 10, batch_size: 32}
-evaluate:
-  noise:
-    - {kind: gaussian, levels: [0, 0.3]}
-"""
-SEARCH = """
-title: A tiny search
-study: tiny
-space:
-  beta: {low: 0.1, high: 10}
-  latent_dim: 3
-objectives:
-  - {metric: validation/reconstruction, direction: down}
-  - {metric: validation/kl, direction: down}
-winner: {goal: {metric: validation/bce_elbo, direction: up}, seeds: [1, 2]}
-trials: 5
-batch: 2
-"""
-
-
-def write(text=STUDY, name="tiny"):
-    Path("configs", f"{name}.yaml").write_text(text, encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A workspace in which the tiny study is prepared and trained; copied for each test."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(tracking, "MlflowTracker", tracking.MemoryTracker)
-        Path("configs").mkdir()
-        Path("params.yaml").write_text("studies: [tiny]\nsearches: {hunt: tiny}\n")
-        write()
-        write(SEARCH, "hunt")
-        prepare.run("tiny")
-        train.run("tiny", drive)
-    return folder
-
-
-@pytest.fixture
-def workspace(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(tracking, "MlflowTracker", tracking.MemoryTracker)
-    return tmp_path / "work"
-
-
-def drive(name, advances):
-    drive.cells = [getattr(advance, "cells", None) for advance in advances]
 
 
 def test_train_writes_a_row_a_history_and_weights_for_every_cell(workspace):
@@ -308,50 +245,6 @@ def test_prune_ablates_from_nothing_to_everything(workspace):
     everything = ablation[ablation["zeroed"] == ablation["latent_dim"]].groupby("cell_id")["mse"].nunique()
     assert set(everything) == {1} and len(summary) == 8
     assert summary.loc[summary["arm"] == "ae", "elbow_kl"].isna().all()
-
-
-def test_search_reaches_its_target_count_and_a_second_start_trains_nothing(workspace):
-    search.run("hunt", drive)
-    trials = read_table(Folders("hunt").search / "trials.csv")
-    assert dict(trials["state"].value_counts()) == {"complete": 5, "grid": 1}
-    for row in trials.to_dict("records"):
-        names = ["validation/reconstruction", "validation/kl"]
-        beaten = (trials[names] < pd.Series({name: row[name] for name in names})).all(axis=1)
-        assert not (row["on_front"] and beaten.any())
-    search.run("hunt", drive)
-    pd.testing.assert_frame_equal(read_table(Folders("hunt").search / "trials.csv"), trials)
-
-
-def test_an_interrupted_search_goes_on_with_the_same_trials(workspace):
-    for _ in range(2):
-        shown = []
-        with pytest.raises(Interrupted):
-            search.run(
-                "hunt",
-                lambda name, advances, shown=shown: shown.extend(advances),
-                lambda shown=shown: 15 if len(shown) > 4 else None,
-            )
-    search.run("hunt", drive)
-    trials = read_table(Folders("hunt").search / "trials.csv")
-    for path in (workspace / "optuna.db", workspace / ".vaesweep"):
-        path.unlink() if path.is_file() else shutil.rmtree(path)
-    train.run("tiny", drive)
-    search.run("hunt", drive)
-    pd.testing.assert_frame_equal(read_table(Folders("hunt").search / "trials.csv"), trials)
-
-
-def test_an_emptied_store_costs_a_search_its_training_and_nothing_else(workspace):
-    search.run("hunt", drive)
-    trials = read_table(Folders("hunt").search / "trials.csv")
-    shutil.rmtree(workspace / ".vaesweep")
-    search.run("hunt", drive)
-    pd.testing.assert_frame_equal(read_table(Folders("hunt").search / "trials.csv"), trials)
-
-
-def test_a_broken_search_storage_is_one_line(workspace):
-    (workspace / "optuna.db").write_text("this is no database, whatever its name says " * 50)
-    with pytest.raises(SearchError, match="optuna.db: .*not a database"):
-        search.run("hunt", drive)
 
 
 def test_clean_removes_what_no_listed_study_uses(workspace):

@@ -1,0 +1,199 @@
+"""The search stage: what is trained, and what is not; survivors, the grid, diverged trials, a search that is killed.
+
+`workspace` holds a tiny study, prepared and trained.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import SEARCH, STUDY, drive, write
+
+from pipeline import search_figures, tracking
+from pipeline.artifacts import CellStore, Folders, load_prepared, read_table
+from pipeline.config import Settings, load_study
+from pipeline.executors import Inline, Interrupted, find_runtime
+from pipeline.grid import cells, identify
+from pipeline.searches import load_search
+from pipeline.stages import search, train
+from pipeline.trials import SearchError, Trials, open_storage, storage_url
+
+ONE = """
+title: Halved
+study: tiny
+space:
+  beta: {low: 0.1, high: 10}
+  latent_dim: {low: 2, high: 4}
+objectives: [{metric: validation/bce_elbo, direction: up}]
+winner: {seeds: [1, 2]}
+sampler: {kind: random, seed: 0}
+trials: 12
+batch: 6
+rungs: [0.3, 0.6]
+halving: 2
+"""
+KILLS = 10
+
+
+def searched(name: str = "hunt") -> pd.DataFrame:
+    search.run(name, drive)
+    return read_table(Folders(name).search / "trials.csv")
+
+
+def own(trials: pd.DataFrame, state: str = "complete") -> pd.DataFrame:
+    return trials[trials["state"] == state]
+
+
+def test_search_reaches_its_target_count_and_a_second_start_trains_nothing(workspace):
+    trials = searched()
+    assert dict(trials["state"].value_counts()) == {"complete": 5, "grid": 1}
+    for row in trials.to_dict("records"):
+        names = ["validation/reconstruction", "validation/kl"]
+        beaten = (trials[names] < pd.Series({name: row[name] for name in names})).all(axis=1)
+        assert not (row["on_front"] and beaten.any())
+    pd.testing.assert_frame_equal(searched(), trials)
+
+
+def test_an_interrupted_search_goes_on_with_the_same_trials(workspace):
+    for _ in range(2):
+        shown = []
+        with pytest.raises(Interrupted):
+            search.run(
+                "hunt",
+                lambda name, advances, shown=shown: shown.extend(advances),
+                lambda shown=shown: 15 if len(shown) > 4 else None,
+            )
+    trials = searched()
+    for path in (workspace / "optuna.db", workspace / ".vaesweep"):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    train.run("tiny", drive)
+    pd.testing.assert_frame_equal(searched(), trials)
+
+
+def test_an_emptied_store_costs_a_search_its_training_and_nothing_else(workspace):
+    trials = searched()
+    shutil.rmtree(workspace / ".vaesweep")
+    pd.testing.assert_frame_equal(searched(), trials)
+
+
+def test_a_broken_search_storage_is_one_line(workspace):
+    (workspace / "optuna.db").write_text("this is no database, whatever its name says " * 50)
+    with pytest.raises(SearchError, match="optuna.db: .*not a database"):
+        search.run("hunt", drive)
+
+
+def test_a_survivor_is_bit_identical_to_the_same_trial_in_a_stack_of_two(workspace):
+    write(ONE, "hunt")
+    trials = searched()
+    assert (len(own(trials)), len(own(trials, "pruned"))) == (4, 8)
+    halved, apart = CellStore(), CellStore(workspace / "apart")
+    found, study = load_search("hunt")
+    data, runtime = load_prepared(Folders("tiny").prepared), find_runtime(Settings(studies=("tiny",)))
+    with open_storage(storage_url(found)) as storage:
+        known = Trials("hunt", found, study.model, study.train, data.hashes[0], runtime, storage, halved)
+        survivors = identify([known.cell(trial.params) for trial in known.own("COMPLETE")], data.hashes, runtime)
+    for key, cell in survivors.items():
+        beside = identify([cell, known.cell({"beta": 2.5, "latent_dim": 4})], data.hashes, runtime)
+        for _ in Inline(apart, runtime, stack_size=2).run(beside, data):
+            pass
+        assert apart.weights_path(key).read_bytes() == halved.weights_path(key).read_bytes()
+        assert apart.record(key) == halved.record(key)
+
+
+def test_what_the_grid_has_trained_begins_the_search_and_is_not_trained_again(workspace):
+    text = ONE.replace("low: 0.1, high: 10", "values: [1, 3]").replace("low: 2, high: 4", "values: [2, 3]")
+    text = text.replace("kind: random, seed: 0", "kind: grid").replace("trials: 12", "trials: 4")
+    write(text[: text.index("rungs")], "hunt")
+    before = set(CellStore())
+    trials = searched()
+    grid = identify(
+        cells(load_study("tiny")), load_prepared(Folders("tiny").prepared).hashes, find_runtime(Settings(studies=("tiny",)))
+    )
+    inside = {key for key, cell in grid.items() if cell.arm_name == "vae" and cell.seed == 0}
+    assert set(own(trials, "grid")["cell_id"]) == inside and len(inside) == 2
+    assert len(own(trials)) == 4 and inside < set(own(trials)["cell_id"])  # the two others were trained
+    of_winner = set(read_table(Folders("hunt").search / "winner.csv")["cell_id"])
+    assert set(CellStore()) - before <= (set(trials["cell_id"]) - inside) | of_winner
+    write(STUDY.replace("[1]}", "[1, 3]}"))  # and what the search has trained is not trained again by the grid
+    train.run("tiny", drive)
+    assert set(drive.cells) == {2}  # of four new cells, those of seed 1
+
+
+def test_a_trial_that_diverges_has_failed_and_another_takes_its_place(workspace):
+    write(ONE.replace("latent_dim: {low: 2, high: 4}", "latent_dim: 3\n  learning_rate: {values: [0.001, 1.0e+30]}"), "hunt")
+    trials = searched()
+    assert len(own(trials)) + len(own(trials, "pruned")) == 12
+    assert len(failed := own(trials, "failed")) > 0 and set(failed["learning_rate"]) == {1e30}
+    assert set(own(trials)["learning_rate"]) == {0.001}
+
+
+@pytest.mark.parametrize("text", [SEARCH, ONE], ids=["two objectives", "one, halved"])
+def test_every_figure_of_a_search_shows_its_trials(workspace, text):
+    write(text, "hunt")
+    trials, folder = searched(), Folders("hunt").search
+    found, _ = load_search("hunt")
+    rungs, importances = (read_table(folder / f"{name}.csv") for name in ("rungs", "importances"))
+    drawn = search_figures.all_of(found, trials, rungs, importances)
+    two = len(found.objectives) == 2
+    assert set(drawn) - {"importances"} == {"history", "slices", *(["front"] if two else ["rungs"])}
+    assert {path.stem for path in (folder / "pictures").glob("*.png")} == set(drawn)
+    for kind, figure in drawn.items():
+        assert figure.axes[0].get_ylabel() or kind == "importances"  # whose bars are named
+        assert figure.axes[-1].get_xlabel()
+    points = [len(line.get_xdata()) for line in drawn["slices"].axes[0].lines]
+    assert sum(points) == len(trials.dropna(subset=[found.objectives[0].name])) + 1  # the winner has a star too
+
+
+def test_the_hypervolume_is_the_area_that_a_front_dominates():
+    assert search_figures.hypervolume(np.array([[0.0, 0.0]])) == 1
+    assert search_figures.hypervolume(np.array([[1.0, 1.0]])) == 0
+    assert search_figures.hypervolume(np.array([[0.5, 0.25], [0.25, 0.5], [0.6, 0.6]])) == pytest.approx(0.375 + 0.125)
+
+
+def hunting(folder: Path) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    tracking.MlflowTracker = tracking.MemoryTracker
+    search.run("hunt", drive)
+
+
+def test_a_search_killed_at_ten_moments_ends_with_the_trials_of_one_that_was_not(workspace):
+    write(ONE.replace("trials: 12", "trials: 36"), "hunt")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+
+    def begin():
+        process = context.Process(target=hunting, args=(workspace,))
+        process.start()
+        return process
+
+    start, moments = time.monotonic(), random.Random(0)
+    whole = begin()
+    whole.join()
+    took = time.monotonic() - start
+    assert whole.exitcode == 0
+    trials = read_table(Folders("hunt").search / "trials.csv")
+    (workspace / "optuna.db").unlink()
+    for path in (workspace / ".vaesweep" / "cells").iterdir():
+        if path.name in set(trials["cell_id"][trials["state"] != "grid"]):
+            CellStore().remove(path.name)
+    killed = 0
+    for _ in range(KILLS):
+        process = begin()
+        process.join(moments.uniform(0.05, 0.6) * took)
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+    last = begin()
+    last.join()
+    assert last.exitcode == 0 and killed >= KILLS // 2
+    pd.testing.assert_frame_equal(read_table(Folders("hunt").search / "trials.csv"), trials)
