@@ -17,11 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import optuna
 import torch
 from tabulate import tabulate
 
@@ -30,8 +29,11 @@ from pipeline.config import Settings
 from pipeline.datasets import build, data_root
 from pipeline.executors import Inline, find_runtime, keep_freed_memory
 from pipeline.searches import Search
-from pipeline.stages.search import Hunt
-from pipeline.trials import Trials, open_storage
+
+if TYPE_CHECKING:  # imported where they are called: every training process imports this file, and needs none of them
+    import optuna
+
+    from pipeline.stages.search import Hunt
 
 NETWORK = {"hidden": (400, 256, 128), "likelihood": "bernoulli"}
 IMAGES = {
@@ -105,6 +107,10 @@ class Outcome:
 
 def one_at_a_time(search: Search, data: Prepared, device: str, url: str) -> Outcome:
     """`study.optimize`, as its users write it: an objective that trains one model and returns its value."""
+    import optuna
+
+    from pipeline.trials import open_storage
+
     hunt, start = _hunt(search, data, device, optuna.storages.InMemoryStorage()), time.perf_counter()
     executor = Inline(hunt.store, hunt.runtime)
 
@@ -131,6 +137,8 @@ def one_at_a_time(search: Search, data: Prepared, device: str, url: str) -> Outc
 
 def in_batches(search: Search, data: Prepared, device: str, url: str) -> Outcome:
     """This project's search."""
+    from pipeline.trials import open_storage
+
     with open_storage(url) as storage, _optunas_part() as clock:
         start = time.perf_counter()
         hunt = _hunt(search, data, device, storage)
@@ -144,6 +152,8 @@ def in_batches(search: Search, data: Prepared, device: str, url: str) -> Outcome
 
 
 def _hunt(search: Search, data: Prepared, device: str, storage: Any) -> Hunt:
+    from pipeline.stages.search import Hunt
+
     settings = Settings(studies=("benchmark",), device=device)
     return Hunt("benchmark", search, None, data, settings, CellStore(Path("store")), storage, lambda: None)
 
@@ -171,6 +181,8 @@ class _Clock:
 @contextlib.contextmanager
 def _optunas_part() -> Iterator[_Clock]:
     """Times every method by which a search asks, reports, decides, tells and counts: all that touches Optuna or its storage."""
+    from pipeline.trials import Trials
+
     clock = _Clock()
     methods = {name: method for name, method in vars(Trials).items() if callable(method) and name != "cell"}
     for name, method in methods.items():
@@ -244,6 +256,8 @@ def _median(values: Iterator[float]) -> float:
 @click.option("--seeds", default=5, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 def main(chosen: tuple[str, ...], seeds: int, device: str) -> None:
+    import optuna
+
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     print(f"torch {torch.__version__}, optuna {optuna.__version__}, {where}")
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
