@@ -109,7 +109,7 @@ def one_at_a_time(search: Search, data: Prepared, device: str, url: str) -> Outc
     """`study.optimize`, as its users write it: an objective that trains one model and returns its value."""
     import optuna
 
-    from pipeline.trials import open_storage
+    from pipeline.storages import open_storage
 
     hunt, start = _hunt(search, data, device, optuna.storages.InMemoryStorage()), time.perf_counter()
     executor = Inline(hunt.store, hunt.runtime)
@@ -137,7 +137,7 @@ def one_at_a_time(search: Search, data: Prepared, device: str, url: str) -> Outc
 
 def in_batches(search: Search, data: Prepared, device: str, url: str) -> Outcome:
     """This project's search."""
-    from pipeline.trials import open_storage
+    from pipeline.storages import open_storage
 
     with open_storage(url) as storage, _optunas_part() as clock:
         start = time.perf_counter()

@@ -718,8 +718,13 @@ def _name(params: dict[str, Scalar]) -> str:
     """Arm and axes in short; those that few studies vary only where they are not as usual."""
     labels = {"latent_dim": "z", "beta": "β=", "l2": "λ=", "sigma2": "σ²=", "learning_rate": "lr=", "seed": "seed "}
     silent = {"arm", "log10_beta", "updates"} | {key for key, usual in USUAL.items() if params.get(key) == usual}
-    words = [f"{labels.get(key, key + '=')}{_text(value)}" for key, value in params.items() if key not in silent]
+    words = [f"{labels.get(key, key + '=')}{_short(value)}" for key, value in params.items() if key not in silent]
     return " ".join([str(params["arm"]), *words])
+
+
+def _short(value: Scalar) -> str:
+    """A grid's values in full, a sampler's to three digits."""
+    return f"{value:.3g}" if isinstance(value, float) and float(f"{value:.6g}") != value else _text(value)
 
 
 def _with_pictures(study: str, record: RunRecord, reconstruction: Callable[[Path, Model], Reconstruction] | None) -> RunRecord:

@@ -1,4 +1,6 @@
-"""The trials of a search in Optuna's storage. This is the only module that imports optuna, inside functions: it takes a second.
+"""The trials of a search in Optuna's storage: drawn, told, taken over, counted.
+
+Optuna takes a second to import: here, in `storages.py` and in `proposals.py`, inside functions, and nowhere else.
 
 A batch of trials is drawn in memory, from what the storage knows, and each trial then enters the storage whole, in one
 transaction: no killed process leaves half a trial. What is drawn depends on the sampler's seed, the trial's ordinal, and what
@@ -11,106 +13,30 @@ fails these and runs them anew, as members of the same batch.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import os
-import socket
-import threading
-import time
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pipeline import databases, halving
-from pipeline.artifacts import CellStore, main_checkout
-from pipeline.config import ARMS, Model, Scalar, Train, VaesweepError
+from pipeline import halving, proposals
+from pipeline.artifacts import CellStore
+from pipeline.config import ARMS, Model, Scalar, Train
 from pipeline.grid import Cell, Runtime, cell_id
 from pipeline.searches import Axis, Search
+from pipeline.storages import Searcher, SearchError
 
 if TYPE_CHECKING:
     import optuna
 
 MOST_ASKED = 3  # trials that are asked at most, as a multiple of the target count
-BEAT_SECONDS = 5.0
-SILENT_SECONDS = 60.0  # of a searcher on another machine, after which its trials are taken over
-FIRST_STARTS = 9  # tries before the last, to open a storage whose tables others may be making
-BUSY_SECONDS = 60.0  # that SQLite waits for another process
-STORAGE_VARIABLE = "OPTUNA_STORAGE"
 GRID = "grid"  # state of a trial that is a cell of the study's grid
 SETTINGS = ("arm", "beta", "latent_dim", "l2", "sigma2", "learning_rate")
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
 AT = "at update "  # begins the attributes that hold two objectives at a rung
-
-
-class SearchError(VaesweepError):
-    """A search that cannot begin, cannot go on, or cannot reach its target count."""
-
-
-def storage_url(search: Search) -> str:
-    """Where trials are kept: `OPTUNA_STORAGE`, else what the file says, else `optuna.db` in the main checkout."""
-    named = os.environ.get(STORAGE_VARIABLE) or search.storage
-    return named or databases.sqlite_uri(main_checkout() / "optuna.db")
-
-
-@contextlib.contextmanager
-def open_storage(url: str) -> Iterator[optuna.storages.BaseStorage]:
-    """Optuna's storage at an SQLAlchemy URL, or in a journal's file. Raises SearchError within 5 s where it is away.
-
-    What the storage refuses later is a SearchError too.
-    """
-    import optuna
-    from sqlalchemy.exc import SQLAlchemyError
-
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    with databases.quick_commits(url):
-        with _one_line_errors(
-            url, SQLAlchemyError, optuna.exceptions.OptunaError, OSError, ImportError, RuntimeError, ValueError
-        ):
-            storage = optuna.storages.get_storage(_connect(url))
-        with _one_line_errors(url, SQLAlchemyError, optuna.exceptions.StorageInternalError):
-            yield storage
-
-
-def _connect(url: str) -> optuna.storages.BaseStorage:
-    import optuna
-
-    if "://" not in url:
-        backend = optuna.storages.journal.JournalFileBackend(str(main_checkout() / url))
-        return optuna.storages.JournalStorage(backend)
-    if url.startswith("sqlite"):
-        return _first_or_later(url, {"timeout": BUSY_SECONDS})
-    databases.check_answers(url)
-    limit = {"connect_timeout": int(databases.SECONDS_TO_ANSWER)} if url.startswith("postgresql") else {}
-    return databases.within(databases.SECONDS_TO_ANSWER, lambda: _first_or_later(url, limit))
-
-
-def _first_or_later(url: str, arguments: Mapping[str, Any]) -> optuna.storages.BaseStorage:
-    """Tries again where processes that start on an empty database at one moment all make its tables, and only one can."""
-    import optuna
-    from sqlalchemy.exc import DBAPIError
-
-    for _ in range(FIRST_STARTS):
-        with contextlib.suppress(DBAPIError):
-            return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": dict(arguments)})
-        time.sleep(0.1)
-    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": dict(arguments)})
-
-
-@contextlib.contextmanager
-def _one_line_errors(url: str, *kinds: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except kinds as error:
-        root: BaseException = error  # Optuna's own errors say little; what caused them names the reason
-        while root.__cause__ or root.__context__:
-            root = root.__cause__ or root.__context__
-        raise SearchError(databases.without_password(f"{url}: {databases.reason(root)}")) from error
 
 
 @dataclass(frozen=True)
@@ -192,7 +118,11 @@ class Trials:
         full_name = f"{name}-{self._key(some)[:8]}"
         directions = ["maximize" if goal.maximised else "minimize" for goal in self.search.objectives]
         study = optuna.create_study(
-            storage=self.storage, study_name=full_name, directions=directions, load_if_exists=True, pruner=self._pruner()
+            storage=self.storage,
+            study_name=full_name,
+            directions=directions,
+            load_if_exists=True,
+            pruner=proposals.pruner(self.search, self.rungs, self.train.updates),
         )
         if (there := [direction.name.lower() for direction in study.directions]) != directions:
             raise SearchError(self._other(full_name, f"directions {', '.join(there)} there, {', '.join(directions)} here"))
@@ -212,32 +142,6 @@ class Trials:
 
     def _other(self, name: str, what: str) -> str:
         return f"Optuna's study '{name}' exists and asks something else: {what}; give this search another `name`, or delete it"
-
-    def _pruner(self) -> optuna.pruners.BasePruner:
-        import optuna.pruners as pruners
-
-        wanted = self.search.pruner
-        if wanted is None:
-            return pruners.NopPruner()
-        first = max(1, self.rungs[0])
-        return {
-            "median": lambda: pruners.MedianPruner(n_startup_trials=wanted.startup),
-            "percentile": lambda: pruners.PercentilePruner(wanted.percentile, n_startup_trials=wanted.startup),
-            "successive_halving": lambda: pruners.SuccessiveHalvingPruner(first, reduction_factor=wanted.factor),
-            "hyperband": lambda: pruners.HyperbandPruner(first, self.train.updates, reduction_factor=wanted.factor),
-        }[wanted.kind]()
-
-    def _sampler(self, ordinal: int) -> optuna.samplers.BaseSampler:
-        """A sampler for one trial."""
-        import optuna.samplers as samplers
-
-        seed = int.from_bytes(hashlib.sha256(f"{self.search.sampler.seed} {ordinal}".encode()).digest()[:4])
-        return {
-            "tpe": lambda: samplers.TPESampler(seed=seed, constant_liar=True),
-            "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=self.search.batch),
-            "gp": lambda: samplers.GPSampler(seed=seed, warn_independent_sampling=False),
-            "random": lambda: samplers.RandomSampler(seed=seed),
-        }[self.search.sampler.kind]()
 
     @property
     def rungs(self) -> list[int]:
@@ -372,15 +276,12 @@ class Trials:
             self.study.add_trials(
                 optuna.trial.create_trial(
                     params=dict(params[key]),
-                    distributions=self._distributions(params[key]),
+                    distributions=proposals.distributions(self.search.space, params[key]),
                     values=values[key],
                     user_attrs={"cell_id": key, "from_grid": study},
                 )
                 for key in new
             )
-
-    def _distributions(self, names: Iterable[str]) -> dict[str, optuna.distributions.BaseDistribution]:
-        return {name: _distribution(name, self.search.space.varied[name]) for name in names}
 
     # Batches
 
@@ -402,42 +303,12 @@ class Trials:
     def _draw(self, trials: list[optuna.trial.FrozenTrial], batch: str, indices: Sequence[int], size: int) -> Batch | None:
         """Draws the members of a batch at `indices`, and enters them into the storage."""
         first = sum(map(_is_own, trials))
-        for index, drawn in zip(indices, self._drawn(trials, first, len(indices)), strict=True):
+        drawn_trials = proposals.drawn(self.search, self.study.directions, trials, range(first, first + len(indices)))
+        for index, drawn in zip(indices, drawn_trials, strict=True):
             place = {"batch": batch, "index": index, "size": size, "cell_id": self._key(self.cell(drawn.params))}
             self._enter(drawn, place)
         self._drop_surplus()
         return self._running().get(batch)
-
-    def _drawn(self, trials: list[optuna.trial.FrozenTrial], first: int, count: int) -> Iterator[optuna.trial.FrozenTrial]:
-        """Trials of these ordinals, drawn in memory."""
-        import optuna
-
-        kind, ordinals = self.search.sampler.kind, range(first, first + count)
-        scratch = optuna.create_study(directions=self.study.directions, pruner=optuna.pruners.NopPruner())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if kind == "grid":
-                for point in self.search.grid()[first : first + count]:
-                    yield optuna.trial.create_trial(
-                        state=optuna.trial.TrialState.RUNNING, params=point, distributions=self._distributions(point)
-                    )
-            elif kind == "qmc":  # a sequence that knows nothing of values: from its start, whoever drew before
-                scratch.sampler = optuna.samplers.QMCSampler(seed=self.search.sampler.seed, scramble=True)
-                drawn = [self._suggested(scratch) for _ in range(first + count)]
-                yield from drawn[first:]
-            else:
-                scratch.add_trials(trial for trial in trials if trial.state.name != "FAIL")
-                for ordinal in ordinals:
-                    scratch.sampler = self._sampler(ordinal)
-                    yield self._suggested(scratch)
-
-    def _suggested(self, scratch: optuna.Study) -> optuna.trial.FrozenTrial:
-        trial, at = scratch.ask(), {}
-        for name, item in ((name, item) for name, item in self.search.space if isinstance(item, Axis)):
-            if name == "beta" and ARMS[str(at["arm"])].penalty == "none":
-                continue
-            at[name] = item.values[0] if item.fixed else _suggest(trial, name, item)
-        return scratch.get_trials(deepcopy=False)[trial.number]
 
     def _enter(self, drawn: optuna.trial.FrozenTrial, place: Mapping[str, Any]) -> None:
         """A running trial of this searcher, in one transaction."""
@@ -609,97 +480,3 @@ def _axis_text(item: Axis) -> str:
     if item.values is not None:
         return " or ".join(map(str, item.values))
     return f"{item.low:g} to {item.high:g}{', log' if item.log else ''}"
-
-
-def _distribution(name: str, item: Axis) -> optuna.distributions.BaseDistribution:
-    from optuna import distributions
-
-    if item.values is not None:
-        return distributions.CategoricalDistribution(item.values)
-    if name == "latent_dim":
-        return distributions.IntDistribution(int(item.low), int(item.high), log=item.log)
-    return distributions.FloatDistribution(item.low, item.high, log=item.log)
-
-
-def _suggest(trial: optuna.Trial, name: str, item: Axis) -> Scalar:
-    if item.values is not None:
-        return trial.suggest_categorical(name, item.values)
-    if name == "latent_dim":
-        return trial.suggest_int(name, int(item.low), int(item.high), log=item.log)
-    return trial.suggest_float(name, item.low, item.high, log=item.log)
-
-
-class Searcher:
-    """This process among those that share a study: a file that is locked while it lives, and a beat in the storage.
-
-    Who shares its cell store sees by the lock, at once, that it has gone; others by a beat that stands still while they watch,
-    so that no two clocks are compared.
-    """
-
-    def __init__(self, study: optuna.Study, store: CellStore):
-        self.study, self.folder = study, store.root / "searchers"
-        self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._seen: dict[str, tuple[Any, float]] = {}
-        self._ended = threading.Event()
-
-    def __enter__(self) -> Searcher:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self.folder / self.id).open("w")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        self.study.set_user_attr(self._beats(self.id), 0)
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._thread.start()
-        return self
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """One at a time of those that share the cell store."""
-        with (self.folder / "turn").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def __exit__(self, failure: object, *_: object) -> None:
-        """A searcher that was interrupted leaves its file, unlocked, so that the next one sees at once that it has gone."""
-        self._ended.set()
-        self._thread.join(databases.SECONDS_TO_ANSWER)
-        if failure is None:
-            self.forget(self.id)
-        self._file.close()
-
-    def forget(self, searcher: str) -> None:
-        """Removes the file of a searcher that has no trial running any more."""
-        (self.folder / searcher).unlink(missing_ok=True)
-
-    @staticmethod
-    def _beats(searcher: str) -> str:
-        return f"beats of {searcher}"
-
-    def _beat(self) -> None:
-        count = 0
-        while not self._ended.wait(BEAT_SECONDS):
-            count += 1
-            with contextlib.suppress(Exception):  # a storage that is away is met by the search itself
-                self.study.set_user_attr(self._beats(self.id), count)
-
-    def lives(self, searcher: str) -> bool:
-        """Whether another searcher still works, as far as this one can tell."""
-        locked = _is_locked(self.folder / searcher)
-        if locked is not None:
-            return locked
-        beat, now = self.study.user_attrs.get(self._beats(searcher)), time.monotonic()
-        if searcher not in self._seen or self._seen[searcher][0] != beat:
-            self._seen[searcher] = (beat, now)
-        return now - self._seen[searcher][1] < SILENT_SECONDS
-
-
-def _is_locked(path: Path) -> bool | None:
-    """Whether the process that locked a file lives; None where there is no such file here."""
-    try:
-        with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-    except FileNotFoundError:
-        return None

@@ -25,7 +25,8 @@ from pipeline.executors import Inline, Interrupted, find_runtime
 from pipeline.grid import cells, identify
 from pipeline.searches import load_search
 from pipeline.stages import search, train
-from pipeline.trials import SearchError, Trials, open_storage, storage_url
+from pipeline.storages import SearchError, open_storage, storage_url
+from pipeline.trials import Trials
 
 ONE = """
 title: Halved

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from test_trials import a_search, search_through, trials_of
 
-from pipeline.trials import open_storage
+from pipeline.storages import open_storage
 
 SEARCHERS, TARGET, ROUNDS = 3, 30, 10
 SEARCH = {"trials": TARGET, "batch": 4, "rungs": (0.25, 0.5), "halving": 2}

@@ -622,14 +622,14 @@ def test_trials_are_runs_also_where_two_have_the_same_cell_and_the_grids_cells_a
         "best": True,
     }
     grid = {**row, **complete, "cell_id": "g", "state": "grid", "best": False}
-    write_table(folder / "trials.csv", pd.DataFrame([grid, {**row, **failed}, {**row, **complete}]))
+    write_table(folder / "trials.csv", pd.DataFrame([grid, {**row, **failed, "beta": 0.123456789}, {**row, **complete}]))
     write_table(folder / "history.csv", pd.DataFrame({"cell_id": ["a"], "update": [10], "train_loss": [2.0]}))
     about = {"title": "KL weights", "study": "digits", "seed": 0, "updates": 30}
     about |= {"settings": ["arm", "beta", "latent_dim"], "objectives": ["validation/kl"]}
     write_json(folder / "about.json", about)
     parent, (first, second) = tracking.search_records("kl_weight")
     assert (first.key, first.status, second.key, second.status) == ("a-0", "failed", "a-1", "finished")
-    assert second.name == "trial 1 vae β=0.1 z2"
+    assert (first.name, second.name) == ("trial 0 vae β=0.123 z2", "trial 1 vae β=0.1 z2")
     assert second.params == {"arm": "vae", "beta": 0.1, "log10_beta": -1.0, "latent_dim": 2, "seed": 0, "updates": 30}
     assert second.metrics == {"validation/kl": 8.0, "search/score": 90.0}
     assert second.tags | {"state": "complete", "updates_reached": "30", "on_front": "true", "best": "true"} == second.tags

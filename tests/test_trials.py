@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from pipeline.artifacts import CellStore
 from pipeline.grid import Runtime
 from pipeline.searches import Search
-from pipeline.trials import SearchError, Trials, open_storage
+from pipeline.storages import SearchError, open_storage
+from pipeline.trials import Trials
 
 ONE = ({"metric": "validation/elbo", "direction": "up"},)
 TWO = ({"metric": "validation/mse", "direction": "down"}, {"metric": "validation/kl", "direction": "down"})
@@ -161,16 +163,25 @@ def test_a_study_that_asks_something_else_is_refused():
             trials_of(a_search(space=space), storage)
 
 
+@pytest.fixture
+def silent():
+    """The port of a server that accepts connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
 @pytest.mark.parametrize(
     "url",
     [
         "postgresql://me:secret@127.0.0.1:1/optuna",
+        "postgresql://me:secret@127.0.0.1:{silent}/optuna",
         "postgresql://me:secret@192.0.2.1/optuna",
         "sqlite:////no/such/f.db",
         "x://y",
     ],
 )
-def test_a_storage_that_is_away_is_one_line_within_seconds_and_no_password(url):
+def test_a_storage_that_is_away_is_one_line_within_seconds_and_no_password(url, silent):
+    url = url.format(silent=silent)
     start = time.monotonic()
     with pytest.raises(SearchError) as error, open_storage(url):
         pass

@@ -19,8 +19,9 @@ from pipeline.executors import Interrupted, find_runtime, keep_freed_memory, loc
 from pipeline.goals import Judge, Values
 from pipeline.grid import ENGINE_VERSION, Cell, cells, identify
 from pipeline.searches import Search, load_listed, load_search
+from pipeline.storages import SearchError, open_storage, storage_url
 from pipeline.trainer import RECORDED, records, unconverged
-from pipeline.trials import GRID, SETTINGS, Batch, SearchError, Standing, Trials, open_storage, storage_url
+from pipeline.trials import GRID, SETTINGS, Batch, Standing, Trials
 
 WAITED = 0.5  # seconds between looks at what other searchers do
 WINNER = "winner"
