@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, load_study
 from pipeline.searches import load_search
 
 STUDY = """
@@ -124,3 +127,12 @@ def test_an_arm_without_a_penalty_stands_once_in_the_grid(load):
     points = load(text).grid()
     assert len([point for point in points if point["arm"] == "vae"]) == 9
     assert [point for point in points if point["arm"] == "ae"] == [{"arm": "ae", "latent_dim": dim} for dim in (1, 3, 8)]
+
+
+def test_the_readmes_examples_are_files_that_can_be_read(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    examples = dict(re.findall(r"```yaml\n# configs/(\w+)\.yaml\n(.*?)```", readme, re.DOTALL))
+    for name, text in examples.items():
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    assert load_study("mine", tmp_path).claims
+    assert load_search("mine_best", tmp_path)[0].halving == 3
