@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from pipeline.measures import MEASURES
 from pipeline.measures import find as find_measure
@@ -588,13 +588,22 @@ def load_strict(model: type[Strict], path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         content = YAML(typ="safe", pure=True).load(text)
     except (OSError, UnicodeDecodeError, YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"{path}: cannot be read: {_syntax_error(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold keys and values, but got {content!r:.80}")
     try:
         return model.model_validate_json(json.dumps(content, default=str))
     except ValidationError as error:
         raise ConfigError(f"{path}: {_first_line(model, content, error)}") from None
+
+
+def _syntax_error(error: Exception) -> str:
+    """What a YAML reader found, and in which line, without the text around it that it prints too."""
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())[:300]
+    here, start = error.problem_mark.line + 1, error.context_mark.line + 1 if error.context_mark else None
+    began = f" {error.context} from line {start} on" if start not in (None, here) else ""
+    return f"line {here}: {error.problem}{began}"
 
 
 def _first_line(model: type[Strict], content: Any, error: ValidationError) -> str:
