@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -204,10 +205,22 @@ class CellStore:
     def _unfinished(self, cell_id: str) -> Path:
         return self.root / "unfinished" / f"{cell_id}.json"
 
-    def remove_unfinished(self, used: Container[str]) -> None:
-        """Forgets given-up cells that are not in use."""
-        for path in (self.root / "unfinished").glob("*.json"):
-            if path.stem not in used:
+    def save_rung(self, cell_id: str, update: int, values: Mapping[str, float | None]) -> None:
+        """Keeps what a search measured of a cell that stood at an update, by objective; training goes on from there."""
+        write_json(self._rung(cell_id, update), {"values": values})
+
+    def rung(self, cell_id: str, update: int) -> dict[str, float | None]:
+        """What was measured at that update; empty where nothing was."""
+        path = self._rung(cell_id, update)
+        return read_json(path)["values"] if path.is_file() else {}
+
+    def _rung(self, cell_id: str, update: int) -> Path:
+        return self.root / "rungs" / f"{cell_id}-{update}.json"
+
+    def remove_traces(self, used: Container[str]) -> None:
+        """Forgets given-up cells that are not in use, and what was measured of cells on their way."""
+        for path in [*(self.root / "unfinished").glob("*.json"), *(self.root / "rungs").glob("*.json")]:
+            if path.stem.split("-")[0] not in used:
                 path.unlink(missing_ok=True)
 
     def has_history(self, cell_id: str) -> bool:
@@ -229,7 +242,8 @@ class CellStore:
 
     def save_checkpoint(self, cell_ids: Sequence[str], state: Mapping[str, torch.Tensor], update: int) -> None:
         """Keeps the state of a stack in training, one row a cell, over the one before."""
-        name = hashlib.sha256(" ".join(cell_ids).encode()).hexdigest()[:16]
+        # Another process that trains the same cells, as two equal searches do, writes a file of its own.
+        name = hashlib.sha256(" ".join([socket.gethostname(), str(os.getpid()), *cell_ids]).encode()).hexdigest()[:16]
         about = {"format": str(CHECKPOINT_VERSION), "cell_ids": json.dumps(cell_ids), "update": str(update)}
         write_tensors(self.root / "checkpoints" / f"{name}.safetensors", state, about)
 

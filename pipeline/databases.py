@@ -114,5 +114,6 @@ def reason(error: BaseException) -> str:
 
 
 def without_password(text: str) -> str:
-    """A line in which URLs keep their user and lose the password."""
-    return re.sub(r"(://[^/\s:@]*):[^/\s]*@", r"\1@", text)
+    """A line in which URLs keep their user and lose the password, which may hold any character but a space."""
+    text = re.sub(r"(://[^/\s:@]*):\S*@", r"\1@", text)
+    return re.sub(r"(?i)([?&]\w*(?:password|passwd)=)[^&\s]*", r"\1***", text)

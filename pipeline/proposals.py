@@ -18,7 +18,7 @@ def drawn(
     search: Search,
     directions: Sequence[optuna.study.StudyDirection],
     known: Iterable[optuna.trial.FrozenTrial],
-    ordinals: range,
+    ordinals: Sequence[int],
 ) -> Iterator[optuna.trial.FrozenTrial]:
     """Trials of these ordinals, drawn in memory after the known ones, and each after the one before."""
     import optuna
@@ -27,14 +27,15 @@ def drawn(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if kind == "grid":
-            for point in search.grid()[ordinals.start : ordinals.stop]:
+            points = search.grid()
+            for point in (points[ordinal] for ordinal in ordinals):
                 yield optuna.trial.create_trial(
                     state=optuna.trial.TrialState.RUNNING, params=point, distributions=distributions(search.space, point)
                 )
         elif kind == "qmc":  # a sequence that knows nothing of values: from its start, whoever drew before
             scratch.sampler = optuna.samplers.QMCSampler(seed=search.sampler.seed, scramble=True)
-            sequence = [_suggested(scratch, search.space) for _ in range(ordinals.stop)]
-            yield from sequence[ordinals.start :]
+            sequence = [_suggested(scratch, search.space) for _ in range(max(ordinals) + 1)]
+            yield from (sequence[ordinal] for ordinal in ordinals)
         else:
             scratch.add_trials(trial for trial in known if trial.state.name != "FAIL")
             for ordinal in ordinals:
@@ -49,7 +50,7 @@ def _sampler(search: Search, ordinal: int) -> optuna.samplers.BaseSampler:
     seed = int.from_bytes(hashlib.sha256(f"{search.sampler.seed} {ordinal}".encode()).digest()[:4])
     return {
         "tpe": lambda: samplers.TPESampler(seed=seed, constant_liar=True),
-        "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=search.batch),
+        "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=max(2, search.batch)),
         "gp": lambda: samplers.GPSampler(seed=seed, warn_independent_sampling=False),
         "random": lambda: samplers.RandomSampler(seed=seed),
     }[search.sampler.kind]()

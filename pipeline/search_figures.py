@@ -16,9 +16,14 @@ from pipeline import drawing
 from pipeline.measures import AXIS_WORDS
 from pipeline.searches import Goal, Search
 
-STATE_COLOURS = {"complete": "#0072b2", "pruned": "#bbbbbb", "grid": "#d55e00"}
-STATE_LABELS = {"complete": "finished trial", "pruned": "trial that left at a rung", "grid": "cell of the grid"}
-STATE_MARKERS = {"complete": "o", "pruned": ".", "grid": "s"}
+STATE_COLOURS = {"complete": "#0072b2", "pruned": "#bbbbbb", "failed": "#cc79a7", "grid": "#d55e00"}
+STATE_LABELS = {
+    "complete": "finished trial",
+    "pruned": "trial that left at a rung",
+    "failed": "trial that diverged",
+    "grid": "cell of the grid",
+}
+STATE_MARKERS = {"complete": "o", "pruned": ".", "failed": "x", "grid": "s"}
 BEST = "#e69f00"
 
 
@@ -121,19 +126,19 @@ def halving(search: Search, trials: pd.DataFrame, rungs: pd.DataFrame) -> Figure
     """The values that trials had at the rungs which they reached, and at their end."""
     figure, axes = drawing.panels(1, len(search.objectives), height=3.0, width=9.0)
     ends = trials[trials["state"] == "complete"].assign(update=lambda table: table["updates"])
-    finished = set(ends["trial"])
+    states = trials.dropna(subset=["trial"]).set_index("trial")["state"]
     for goal, ax in zip(search.objectives, axes.flat, strict=True):
         values = pd.concat([rungs, ends[["trial", "update", goal.name]]])
         for trial, curve in values.groupby("trial"):
-            state = "complete" if trial in finished else "pruned"
-            strong = {"complete": 1.3, "pruned": 0.7}[state]
+            state = states[trial]
+            strong = 0.7 if state == "pruned" else 1.3
             ax.plot(curve["update"], curve[goal.name], ".-", color=STATE_COLOURS[state], linewidth=strong, zorder=strong)
         for update in rungs["update"].unique():
             ax.axvline(update, color="#cccccc", linewidth=0.8, linestyle="--", zorder=0.5)
         ax.set_ylabel(_label(goal))
         ax.set_xlabel("update")
         ax.set_xlim(left=0)
-    drawing.legend(figure, _handles(["complete", "pruned"], line="-"))
+    drawing.legend(figure, _handles(states[values["trial"].unique()], line="-"))
     drawing.title(figure, "Who left at which rung")
     return figure
 
@@ -170,7 +175,7 @@ def slices(search: Search, trials: pd.DataFrame) -> Figure:
             if item.values is None and item.log:
                 _log_axis(ax, item.high / item.low)
             elif item.values is not None:
-                rows = rows.assign(**{name: rows[name].map(item.values.index)})
+                rows = rows.assign(**{name: rows[name].map(item.index)})
                 ax.set_xticks(range(len(item.values)), [drawing.ARM_LABELS.get(value, value) for value in item.values])
             for state, part in rows.groupby("state"):
                 _points(ax, part, name, goal.name, state)

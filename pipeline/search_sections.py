@@ -95,16 +95,20 @@ def _came_of_it(results: SearchResults) -> str:
     counts += f", {states['failed']} failed" if states.get("failed") else ""
     begun = f"; {states['grid']} cells of the grid began it" if states.get("grid") else ""
     spent = about["updates_spent"] / about["updates"]
-    cost = f"It cost as much as {intervals.plain(spent)} whole trainings, where all trials to their end cost {len(results.own)}"
-    grid = f" and the grid of `{results.search.study}` has {about['grid_cells']} cells" if about["grid_cells"] else ""
-    return f"*Outcome:* {counts}{begun}. {cost}{grid}."
+    cost = f"They cost as much as {intervals.plain(spent)} trainings to the end, where {len(results.own)} trials were drawn"
+    of_grid = intervals.plain(about["grid_updates"] / about["updates"])
+    grid = f"; the {about['grid_cells']} cells of `{results.search.study}` cost {of_grid}" if about["grid_cells"] else ""
+    return f"*Outcome:* {counts}{begun}. {cost}{grid}. The winner's training on other seeds is not counted."
 
 
 def _gain(results: SearchResults) -> str:
     """Winner against the grid's best setting: the measure that chose them first, paired by seed."""
     search, sides = results.search, results.winner
     winner = sides[sides["side"] == "winner"]
-    named = f"The winner is {_setting(winner)}, chosen by the {_objective(search.chooses)} on validation data"
+    chosen = results.trials[results.trials["best"].astype(bool)]
+    named = f"The winner is {_setting(chosen)}, chosen by the {_objective(search.chooses)} on validation data"
+    if winner.empty:
+        return f"{named}. On seeds {md.values(search.winner.seeds)} it diverged, so nothing is known of it on the test set."
     if "grid" not in set(sides["side"]):
         rows = [
             [_on_test(goal), intervals.with_half_width(intervals.seed_interval(winner[goal.on_test]))]
@@ -141,8 +145,10 @@ def _on_test(goal: Goal) -> str:
 
 def _paired(sides: pd.DataFrame, goal: Goal) -> intervals.Interval | None:
     """Winner minus the grid's best, by seed."""
+    if sides.empty:
+        return None
     by_seed = {side: rows.set_index("seed")[goal.on_test] for side, rows in sides.groupby("side")}
-    return intervals.paired_difference(by_seed["winner"], by_seed["grid"]) if "grid" in by_seed else None
+    return intervals.paired_difference(by_seed["winner"], by_seed["grid"]) if {"winner", "grid"} <= set(by_seed) else None
 
 
 def _verdict(difference: intervals.Interval, goal: Goal) -> str:

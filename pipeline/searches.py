@@ -77,7 +77,13 @@ class Axis(Strict):
         return self.values is not None and len(self.values) == 1
 
     def __contains__(self, value: Scalar | None) -> bool:
-        return value in self.values if self.values is not None else value is not None and self.low <= value <= self.high
+        if self.values is not None:
+            return value in self.values
+        return isinstance(value, (int, float)) and self.low <= value <= self.high
+
+    def index(self, value: Scalar) -> int:
+        """The place of a value of the list, which a table may have made a text."""
+        return list(map(_as_text, self.values)).index(_as_text(value))
 
 
 class Space(Strict):
@@ -109,6 +115,13 @@ class Space(Strict):
     def varied(self) -> dict[str, Axis]:
         """The settings that have more than one value."""
         return {name: item for name, item in self if isinstance(item, Axis) and not item.fixed}
+
+
+def _as_text(value: Scalar) -> str:
+    try:
+        return f"{float(value):g}"
+    except ValueError:
+        return str(value)
 
 
 def _whole(value: Scalar) -> Scalar:
@@ -202,7 +215,7 @@ class Winner(Strict):
     """How the best trial is chosen, and on which seeds it then meets the grid's best setting, on the test set."""
 
     goal: Goal | None = Field(None, description="what chooses among finished trials; the objective, where there is one")
-    seeds: axis(Seed) = Field((1, 2, 3, 4, 5), description="should not hold the search's own, by which it was chosen")
+    seeds: axis(Seed) = Field((1, 2, 3, 4, 5), description="do not hold the search's own, by which the winner was chosen")
 
 
 class Search(Strict):
@@ -243,7 +256,9 @@ class Search(Strict):
             raise ValueError(f"objectives: no objective may stand twice, but got {names}")
         if len(self.objectives) == 2 and self.winner.goal is None:
             raise ValueError("winner.goal: with two objectives it must say what chooses among the trials of the front")
-        if list(self.rungs) != sorted(self.rungs):
+        if self.seed in self.winner.seeds:
+            raise ValueError(f"winner.seeds: must be others than `seed`, by which the winner is chosen, but hold {self.seed}")
+        if list(self.rungs) != sorted(set(self.rungs)):
             raise ValueError(f"rungs must rise, but got {list(self.rungs)}")
         if bool(self.rungs) != bool(self.halving or self.pruner):
             raise ValueError("rungs are where `halving` or `pruner` let trials leave: neither stands without the other")

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     import optuna
 
 STORAGE_VARIABLE = "OPTUNA_STORAGE"
-FIRST_STARTS = 9  # tries before the last, to open a storage whose tables others may be making
+FIRST_STARTS = 10  # tries to open a storage whose tables others may be making
 BUSY_SECONDS = 60.0  # that SQLite waits for another process
 BEAT_SECONDS = 5.0
+TURN = "turn"  # the file that is locked by whoever draws
 SILENT_SECONDS = 60.0  # of a searcher on another machine, after which its trials are taken over
 
 
@@ -65,21 +66,30 @@ def _connect(url: str) -> optuna.storages.BaseStorage:
         return optuna.storages.JournalStorage(backend)
     if url.startswith("sqlite"):
         return _first_or_later(url, {"timeout": BUSY_SECONDS})
+    return databases.within(databases.SECONDS_TO_ANSWER, lambda: _on_a_server(url))
+
+
+def _on_a_server(url: str) -> optuna.storages.BaseStorage:
     databases.check_answers(url)
     limit = {"connect_timeout": int(databases.SECONDS_TO_ANSWER)} if url.startswith("postgresql") else {}
-    return databases.within(databases.SECONDS_TO_ANSWER, lambda: _first_or_later(url, limit))
+    return _first_or_later(url, limit)
 
 
 def _first_or_later(url: str, arguments: Mapping[str, Any]) -> optuna.storages.BaseStorage:
     """Tries again where processes that start on an empty database at one moment all make its tables, and only one can."""
     import optuna
-    from sqlalchemy.exc import DBAPIError
+    from sqlalchemy.exc import DBAPIError, IntegrityError
 
-    for _ in range(FIRST_STARTS):
-        with contextlib.suppress(DBAPIError):
+    tries = 0
+    while True:
+        try:
             return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": dict(arguments)})
+        except DBAPIError as error:
+            tries += 1
+            made_meanwhile = isinstance(error, IntegrityError) or "already exists" in str(error)
+            if tries == FIRST_STARTS or not made_meanwhile:
+                raise
         time.sleep(0.1)
-    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": dict(arguments)})
 
 
 @contextlib.contextmanager
@@ -118,7 +128,7 @@ class Searcher:
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """One at a time of those that share the cell store."""
-        with (self.folder / "turn").open("w") as file:
+        with (self.folder / TURN).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -133,6 +143,12 @@ class Searcher:
     def forget(self, searcher: str) -> None:
         """Removes the file of a searcher that has no trial running any more."""
         (self.folder / searcher).unlink(missing_ok=True)
+
+    def forget_gone(self, busy: Container[str]) -> None:
+        """Removes the files of searchers that have gone, but of those that have left trials running."""
+        for path in self.folder.iterdir():
+            if path.name not in busy and path.name != TURN and _is_locked(path) is False:
+                path.unlink(missing_ok=True)
 
     @staticmethod
     def _beats(searcher: str) -> str:

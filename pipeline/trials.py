@@ -16,17 +16,18 @@ import contextlib
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from pipeline import halving, proposals
 from pipeline.artifacts import CellStore
-from pipeline.config import ARMS, Model, Scalar, Train
+from pipeline.config import ARMS, Model, Scalar, Strict, Train
 from pipeline.grid import Cell, Runtime, cell_id
-from pipeline.searches import Axis, Search
+from pipeline.searches import Axis, Goal, Search
 from pipeline.storages import Searcher, SearchError
 
 if TYPE_CHECKING:
@@ -37,24 +38,26 @@ GRID = "grid"  # state of a trial that is a cell of the study's grid
 SETTINGS = ("arm", "beta", "latent_dim", "l2", "sigma2", "learning_rate")
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
 AT = "at update "  # begins the attributes that hold two objectives at a rung
+PLACE = ("ordinal", "batch", "first", "size", "cell_id")  # of a trial, which it keeps when it is run anew
 
 
 @dataclass(frozen=True)
 class Member:
-    """A running trial of a batch, and the cell that it is. `index` is its place in the batch."""
+    """A running trial of a batch, and the cell that it is. `ordinal` is its place among the search's own trials."""
 
     number: int
     id: int
-    index: int
+    ordinal: int
     key: str
     cell: Cell
 
 
 @dataclass
 class Batch:
-    """Trials that train and are halved together. `size` counts those that have ended too."""
+    """Trials that train and are halved together: `size` of them from the ordinal `first` on, those that have ended too."""
 
     name: str
+    first: int
     size: int
     running: list[Member] = field(default_factory=list)
 
@@ -68,7 +71,7 @@ class Batch:
 class Standing:
     """How far a search is: its own trials by state.
 
-    `best` is the best value of one objective, `front` the number of finished trials that no other dominates.
+    `best` is the best value of one objective, `front` how many no other dominates; of trials and the grid's cells together.
     """
 
     target: int
@@ -104,18 +107,23 @@ class Trials:
         store: CellStore,
     ):
         self.search, self.model, self.train, self.data_hash, self.runtime = search, model, train, data_hash, runtime
-        self.storage = storage
-        self.study = self._open(search.name or name)
-        self.searcher = Searcher(self.study, store)
+        self.name, self.storage, self.store = search.name or name, storage, store
+
+    @cached_property
+    def searcher(self) -> Searcher:
+        """This process."""
+        return Searcher(self.study, self.store)
 
     # The study, and what must be equal for everyone who works on it
 
-    def _open(self, name: str) -> optuna.Study:
+    @cached_property
+    def study(self) -> optuna.Study:
+        """Optuna's study, made where it is not there yet."""
         import optuna
 
         # The id of some cell stands for data, network, budget, seed and engine, which all trials of a study share.
         some = Cell("ae", None, 2, 0.0, None, 1e-3, self.search.seed, 0, self.model, self.train, anneal=None)
-        full_name = f"{name}-{self._key(some)[:8]}"
+        full_name = f"{self.name}-{self._key(some)[:8]}"
         directions = ["maximize" if goal.maximised else "minimize" for goal in self.search.objectives]
         study = optuna.create_study(
             storage=self.storage,
@@ -126,19 +134,28 @@ class Trials:
         )
         if (there := [direction.name.lower() for direction in study.directions]) != directions:
             raise SearchError(self._other(full_name, f"directions {', '.join(there)} there, {', '.join(directions)} here"))
-        question = self._question()
-        known = study.user_attrs.get("question") or question
-        if different := [key for key in question if known.get(key) != question[key]]:
+        question, known = self._question(), study.user_attrs.get("question", {})
+        different = [key for key in question if known.get(key) != question[key]]
+        if different and study.get_trials(deepcopy=False):
             key = different[0]
             raise SearchError(self._other(full_name, f"{key} {known.get(key)} there, {question[key]} here"))
-        if "question" not in study.user_attrs:
+        if different:
             study.set_user_attr("question", question)
         return study
 
     def _question(self) -> dict[str, str]:
-        """What a study is about, in words; it must be the same for all its trials."""
-        settings = {f"space.{name}": _axis_text(item) for name, item in self.search.space if isinstance(item, Axis)}
-        return {"objectives": "; ".join(goal.name for goal in self.search.objectives), **settings}
+        """What decides which trials are drawn and what comes of them, in words; it must be the same for all of a study."""
+        search = self.search
+        return {
+            "objectives": "; ".join(map(_goal_text, search.objectives)),
+            "winner.goal": _goal_text(search.chooses),
+            **{f"space.{name}": _axis_text(item) for name, item in search.space if isinstance(item, Axis)},
+            "sampler": _text(search.sampler, "" if search.sampler.kind == "grid" else "points"),
+            "batch": str(search.batch),
+            "rungs": ", ".join(map(str, search.rungs)) or "none",
+            "halving": str(search.halving or "none"),
+            "pruner": _text(search.pruner) if search.pruner else "none",
+        }
 
     def _other(self, name: str, what: str) -> str:
         return f"Optuna's study '{name}' exists and asks something else: {what}; give this search another `name`, or delete it"
@@ -285,30 +302,36 @@ class Trials:
 
     # Batches
 
-    def ask(self) -> Batch | None:
-        """Draws the next batch; None where the target count is finished or running."""
+    def next(self) -> Batch | None:
+        """A batch whose searcher has gone, else new trials; None where as many as are wanted have ended or are running."""
         with self.searcher.turn():
-            return self._ask()
+            return self._take_over() or self._ask()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the sampler has no further point, which only a grid ends with."""
+        return self.search.sampler.kind == "grid" and len(self.own()) >= len(self.search.grid())
 
     def _ask(self) -> Batch | None:
-        trials = self._all()
-        own = [trial for trial in trials if _is_own(trial)]
+        own = self.own()
         wanted = min(self.search.batch, self.search.trials - sum(trial.state.name != "FAIL" for trial in own))
         if self.search.sampler.kind == "grid":
             wanted = min(wanted, len(self.search.grid()) - len(own))
         elif wanted > 0 and len(own) + wanted > MOST_ASKED * self.search.trials + self.search.batch:
             raise SearchError(f"{self.study.study_name}: of {len(own)} trials too many failed to reach {self.search.trials}")
-        return self._draw(trials, f"{len(own)}-{uuid.uuid4().hex[:8]}", range(wanted), wanted) if wanted > 0 else None
+        if wanted <= 0:
+            return None
+        batch = Batch(f"{len(own)}-{uuid.uuid4().hex[:8]}", len(own), wanted)
+        return self._draw(batch, range(len(own), len(own) + wanted))
 
-    def _draw(self, trials: list[optuna.trial.FrozenTrial], batch: str, indices: Sequence[int], size: int) -> Batch | None:
-        """Draws the members of a batch at `indices`, and enters them into the storage."""
-        first = sum(map(_is_own, trials))
-        drawn_trials = proposals.drawn(self.search, self.study.directions, trials, range(first, first + len(indices)))
-        for index, drawn in zip(indices, drawn_trials, strict=True):
-            place = {"batch": batch, "index": index, "size": size, "cell_id": self._key(self.cell(drawn.params))}
-            self._enter(drawn, place)
-        self._drop_surplus()
-        return self._running().get(batch)
+    def _draw(self, batch: Batch, ordinals: Sequence[int]) -> Batch | None:
+        """Draws members of a batch, and enters them into the storage."""
+        drawn_trials = proposals.drawn(self.search, self.study.directions, self._all(), ordinals)
+        for ordinal, drawn in zip(ordinals, drawn_trials, strict=True):
+            values = (ordinal, batch.name, batch.first, batch.size, self._key(self.cell(drawn.params)))
+            self._enter(drawn, dict(zip(PLACE, values, strict=True)))
+        self._drop_doubles()
+        return self._running().get(batch.name)
 
     def _enter(self, drawn: optuna.trial.FrozenTrial, place: Mapping[str, Any]) -> None:
         """A running trial of this searcher, in one transaction."""
@@ -324,18 +347,18 @@ class Trials:
             )
         )
 
-    def _drop_surplus(self) -> None:
-        """Fails this searcher's last trials where others asked at the same time, so that the target is never passed."""
-        alive = [trial for trial in self.own() if trial.state.name != "FAIL"]
-        for trial in alive[self.search.trials :]:
-            if trial.state.name == "RUNNING" and trial.user_attrs["searcher"] == self.searcher.id:
-                self._void(trial, "surplus")
+    def _drop_doubles(self) -> None:
+        """Fails this searcher's trials whose ordinals another one has entered before: on other machines, no turn parts them."""
+        entered: set[int] = set()
+        for trial in self.own():
+            double = _ordinal(trial) in entered
+            entered.add(_ordinal(trial))
+            if double and trial.state.name == "RUNNING" and trial.user_attrs["searcher"] == self.searcher.id:
+                self._void(trial, "double")
 
     def _void(self, trial: optuna.trial.FrozenTrial, why: str) -> None:
         """Fails a trial that then counts for nothing."""
-        from optuna.exceptions import UpdateFinishedTrialError
-
-        with contextlib.suppress(UpdateFinishedTrialError):  # somebody ended it before
+        with _unless_ended():
             self.storage.set_trial_user_attr(trial._trial_id, "void", why)
             self.storage.set_trial_state_values(trial._trial_id, trial.state.FAIL)
 
@@ -345,28 +368,23 @@ class Trials:
         for trial in self.own("RUNNING"):
             at = trial.user_attrs
             if at["searcher"] == self.searcher.id:
-                batch = found.setdefault(at["batch"], Batch(at["batch"], at["size"]))
+                batch = found.setdefault(at["batch"], Batch(at["batch"], at["first"], at["size"]))
                 batch.running.append(self._member(trial))
         for batch in found.values():
-            batch.running.sort(key=lambda member: member.index)
+            batch.running.sort(key=lambda member: member.ordinal)
         return found
 
     def _member(self, trial: optuna.trial.FrozenTrial) -> Member:
-        at = trial.user_attrs
-        return Member(trial.number, trial._trial_id, at["index"], at["cell_id"], self.cell(trial.params))
-
-    def take_over(self) -> Batch | None:
-        """A batch whose searcher has gone: its running trials are failed, and run anew by this one."""
-        with self.searcher.turn():
-            return self._take_over()
+        return Member(trial.number, trial._trial_id, _ordinal(trial), trial.user_attrs["cell_id"], self.cell(trial.params))
 
     def _take_over(self) -> Batch | None:
+        """A batch whose searcher has gone: its running trials are failed, and run anew by this one."""
         gone = {trial.user_attrs["searcher"] for trial in self.own("RUNNING")} - {self.searcher.id}
         for searcher in sorted(name for name in gone if not self.searcher.lives(name)):
             for trial in self.own("RUNNING"):
                 if trial.user_attrs["searcher"] == searcher:
                     self._void(trial, "stale")
-            self.searcher.forget(searcher)
+        self.searcher.forget_gone(busy={trial.user_attrs["searcher"] for trial in self.own("RUNNING")})
         self._run_anew()
         for batch in self._running().values():
             return self._completed(batch)
@@ -381,16 +399,14 @@ class Trials:
         again = {trial.user_attrs.get("retry_of") for trial in trials}
         for trial in trials:
             if trial.user_attrs.get("void") == "stale" and trial.number not in again:
-                place = {key: trial.user_attrs[key] for key in ("batch", "index", "size", "cell_id")}
-                self._enter(trial, {**place, "retry_of": trial.number})
-        self._drop_surplus()
+                self._enter(trial, {**{key: trial.user_attrs[key] for key in PLACE}, "retry_of": trial.number})
+        self._drop_doubles()
 
     def _completed(self, batch: Batch) -> Batch:
-        """Draws the last members of a batch whose searcher was killed while it drew them."""
-        members = [trial for trial in self.own() if trial.user_attrs["batch"] == batch.name]
-        if len(members) == batch.size:
-            return batch
-        return self._draw(self._all(), batch.name, range(len(members), batch.size), batch.size) or batch
+        """Draws those members of a batch that its searcher was killed before it drew."""
+        entered = set(map(_ordinal, self.own()))
+        missing = [ordinal for ordinal in range(batch.first, batch.first + batch.size) if ordinal not in entered]
+        return (self._draw(batch, missing) if missing else None) or batch
 
     # What comes of trials
 
@@ -398,24 +414,30 @@ class Trials:
         """What was decided at a rung; by a searcher that has gone, and then trials that are run anew are told it too."""
         decision = self.study.user_attrs.get(f"rung {batch.name} {update}")
         if decision and any(trial.user_attrs.get("retry_of") is not None for trial in self.own("RUNNING")):
-            self._report(batch, update, {int(index): values for index, values in decision["values"].items()})
+            self._report(batch, update, {int(ordinal): values for ordinal, values in decision["values"].items()})
         return decision
 
-    def decide(self, batch: Batch, update: int, values: Mapping[str, list[float | None]]) -> dict[str, Any]:
-        """Reports values at a rung, of cells that have not diverged, and decides, once for all, who goes on."""
-        self._report(batch, update, {member.index: values.get(member.key) for member in batch.running})
-        sound = [member for member in batch.running if member.key in values and None not in values[member.key]]
-        kept = sound
-        if self.search.halving and sound:
-            points = [self._minimised(values[member.key]) for member in sound]
-            kept = [sound[index] for index in halving.survivors(points, self.search.halving)]
+    def decide(
+        self, batch: Batch, update: int, values: Mapping[str, list[float | None]], diverged: Container[str] = ()
+    ) -> dict[str, Any]:
+        """Reports values at a rung, by cell, and decides, once for all, who goes on.
+
+        Who diverged or has a value that is None fails. Who has no values goes on: its cell was trained beyond the rung before.
+        """
+        failed = [member for member in batch.running if member.key in diverged or None in values.get(member.key, [])]
+        ranked = [member for member in batch.running if member.key in values and member not in failed]
+        self._report(batch, update, {member.ordinal: values[member.key] for member in ranked})
+        kept = ranked
+        if self.search.halving and ranked:
+            points = [self._minimised(values[member.key]) for member in ranked]
+            kept = [ranked[index] for index in halving.survivors(points, self.search.halving)]
         if self.search.pruner:
             frozen = {trial.number: trial for trial in self._all()}
             kept = [member for member in kept if not self.study.pruner.prune(self.study, frozen[member.number])]
         decision = {
-            "go on": [member.index for member in kept],
-            "fail": [member.index for member in batch.running if member not in sound],
-            "values": {str(member.index): values[member.key] for member in sound},
+            "go on": [member.ordinal for member in batch.running if member in kept or member not in [*ranked, *failed]],
+            "fail": [member.ordinal for member in failed],
+            "values": {str(member.ordinal): values[member.key] for member in ranked},
         }
         self.study.set_user_attr(f"rung {batch.name} {update}", decision)
         return decision
@@ -423,42 +445,54 @@ class Trials:
     def _minimised(self, values: Sequence[float]) -> list[float]:
         return [-value if goal.maximised else value for value, goal in zip(values, self.search.objectives, strict=True)]
 
-    def _report(self, batch: Batch, update: int, values: Mapping[int, list[float | None] | None]) -> None:
+    def _report(self, batch: Batch, update: int, values: Mapping[int, list[float]]) -> None:
         """As intermediate values of one objective; Optuna takes none of two, which become an attribute."""
         for member in batch.running:
-            if (found := values.get(member.index)) and None not in found:
-                if len(found) == 1:
-                    self.storage.set_trial_intermediate_value(member.id, update, found[0])
-                else:
-                    self.storage.set_trial_user_attr(member.id, f"{AT}{update}", found)
+            if found := values.get(member.ordinal):
+                with _unless_ended():
+                    if len(found) == 1:
+                        self.storage.set_trial_intermediate_value(member.id, update, found[0])
+                    else:
+                        self.storage.set_trial_user_attr(member.id, f"{AT}{update}", found)
 
     def leaving(self, batch: Batch, decision: Mapping[str, Any]) -> list[Member]:
         """The running members that do not go on."""
-        return [member for member in batch.running if member.index not in decision["go on"]]
+        return [member for member in batch.running if member.ordinal not in decision["go on"]]
 
-    def leave(self, batch: Batch, leaving: Sequence[Member], decision: Mapping[str, Any]) -> None:
-        """Tells that trials have left their batch."""
+    def leave(
+        self, batch: Batch, leaving: Sequence[Member], decision: Mapping[str, Any], notes: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Tells that trials have left their batch, and notes about their cells."""
         for member in leaving:
-            self._tell(member, "FAIL" if member.index in decision["fail"] else "PRUNED")
+            self._tell(member, "FAIL" if member.ordinal in decision["fail"] else "PRUNED", notes.get(member.key))
         batch.running = [member for member in batch.running if member not in leaving]
 
     def finish(self, batch: Batch, values: Mapping[str, list[float | None]], notes: Mapping[str, Mapping[str, Any]]) -> None:
         """Tells the values of trained cells, and notes about them; a trial without all its values has failed."""
         for member in batch.running:
-            found = values.get(member.key)
+            found, note = values.get(member.key), notes.get(member.key)
             if found is None or None in found:
-                self._tell(member, "FAIL")
+                self._tell(member, "FAIL", note)
             else:
-                self.storage.set_trial_user_attr(member.id, "outcome", dict(notes[member.key]))
-                self._tell(member, "COMPLETE", found)
+                self._tell(member, "COMPLETE", note, found)
         batch.running = []
 
-    def _tell(self, member: Member, state: str, values: list[float] | None = None) -> None:
-        from optuna.exceptions import UpdateFinishedTrialError
+    def _tell(self, member: Member, state: str, note: Mapping[str, Any] | None, values: list[float] | None = None) -> None:
         from optuna.trial import TrialState
 
-        with contextlib.suppress(UpdateFinishedTrialError):  # another searcher, who took this one for dead, has ended it
+        with _unless_ended():
+            if note is not None:
+                self.storage.set_trial_user_attr(member.id, "outcome", dict(note))
             self.storage.set_trial_state_values(member.id, TrialState[state], values)
+
+
+@contextlib.contextmanager
+def _unless_ended() -> Iterator[None]:
+    """Passes over a trial that another searcher, which took this one for dead, has ended."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    with contextlib.suppress(UpdateFinishedTrialError):
+        yield
 
 
 def _is_own(trial: optuna.trial.FrozenTrial) -> bool:
@@ -467,13 +501,21 @@ def _is_own(trial: optuna.trial.FrozenTrial) -> bool:
 
 def _ordinal(trial: optuna.trial.FrozenTrial) -> int:
     """Its place among the search's own trials, however often it was run anew."""
-    return int(trial.user_attrs["batch"].split("-")[0]) + trial.user_attrs["index"]
+    return trial.user_attrs["ordinal"]
 
 
 def _rungs(trial: optuna.trial.FrozenTrial) -> list[tuple[int, list[float]]]:
     """Updates and values of the rungs that it reached."""
     several = [(int(name.removeprefix(AT)), values) for name, values in trial.user_attrs.items() if name.startswith(AT)]
     return sorted(several or [(update, [value]) for update, value in trial.intermediate_values.items()])
+
+
+def _goal_text(goal: Goal) -> str:
+    return f"{goal.name} {goal.direction or ''}".strip()
+
+
+def _text(part: Strict, without: str = "") -> str:
+    return ", ".join(f"{key} {value}" for key, value in part.model_dump(exclude={without}).items())
 
 
 def _axis_text(item: Axis) -> str:

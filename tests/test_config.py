@@ -71,7 +71,7 @@ MISTAKES = [
     ("title: A study", "title: A study\ntitle: Another", "duplicate key"),
     ("title: A study\n", "", "title: is required"),
     ("title: A study", "title: [", "cannot be read: line 3: "),
-    ("title: A study", "title: A study\ntitle: B", "cannot be read: line 3: found duplicate key \"title\""),
+    ("title: A study", "title: A study\ntitle: B", 'cannot be read: line 3: found duplicate key "title"'),
 ]
 
 

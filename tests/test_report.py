@@ -268,7 +268,8 @@ def _write_search(folder: Path, name: str) -> None:
     ]  # fmt: skip
     artifacts.write_table(path / "winner.csv", pd.DataFrame(sides))
     about = {"search": name, "title": "t", "study": "digits", "sampler": "tpe", "trials": 24, "updates": 400, "rungs": []}
-    artifacts.write_json(path / "about.json", about | {"device": "cpu", "updates_spent": 9600, "grid_cells": 6})
+    about |= {"device": "cpu", "updates_spent": 9600, "grid_cells": 6, "grid_updates": 9000}
+    artifacts.write_json(path / "about.json", about)
 
 
 TINY = """
@@ -432,6 +433,16 @@ def test_a_study_whose_cells_all_diverged_still_gives_a_report(here: Path):
     _edit("tiny", "train/history.csv", lambda table: table.assign(validation_loss=np.inf))
     report.run()
     assert "No cell was evaluated" in _text() and "| `tiny` | diverged | plain AE | 0, 1, 2 | 3 |" in _text()
+
+
+@pytest.mark.parametrize("left", ["grid", "winner", "neither"])
+def test_a_side_that_diverged_on_every_seed_still_gives_a_report(here: Path, left: str):
+    workspace(here, digits=DIGITS)
+    _edit("kl_weight", "search/winner.csv", lambda rows: rows[rows["side"] == left])
+    report.run()
+    lost = "On seeds 1, 2, 3, 4, 5 it diverged, so nothing is known of it on the test set."
+    assert (lost in _text()) == (left != "winner")
+    assert ("There is no grid to compare it with." in _text()) == (left == "winner")
 
 
 def test_empty_files_still_give_a_report(here: Path):

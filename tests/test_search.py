@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -84,6 +85,37 @@ def test_an_emptied_store_costs_a_search_its_training_and_nothing_else(workspace
     trials = searched()
     shutil.rmtree(workspace / ".vaesweep")
     pd.testing.assert_frame_equal(searched(), trials)
+
+
+@pytest.mark.parametrize("kind", ["random", "tpe"])
+def test_a_search_whose_trials_were_deleted_ends_with_the_same_ones_and_trains_nothing(workspace, kind):
+    write(ONE.replace("kind: random", f"kind: {kind}"), "hunt")
+    trials, stored = searched(), set(CellStore())
+    (workspace / "optuna.db").unlink()
+    pd.testing.assert_frame_equal(searched(), trials)
+    assert set(CellStore()) == stored
+
+
+def test_a_search_finds_the_grid_where_dvc_restored_it_and_the_store_is_empty(workspace):
+    shutil.rmtree(workspace / ".vaesweep")
+    assert len(own(searched(), "grid")) == 1
+    assert set(read_table(Folders("hunt").search / "winner.csv")["side"]) == {"winner", "grid"}
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ("rungs: [0.3, 0.6]", "rungs: [0.3, 0.31]", "rungs: each must be another one of the 10 history points of 30 updates"),
+        ("rungs: [0.3, 0.6]", "rungs: [0.3, 0.99]", "rungs: each must be another one of the 10 history points of 30 updates"),
+        ("validation/bce_elbo", "validation/iw_bound", "objectives: arm 'vae' on 'digits5k' has no validation/iw_bound"),
+    ],
+)
+def test_what_data_or_budget_cannot_give_is_refused_and_leaves_no_study_behind(workspace, right, wrong, message):
+    write(ONE.replace(right, wrong), "hunt")
+    with pytest.raises(SearchError, match=re.escape(message)):
+        search.run("hunt", drive)
+    write(ONE, "hunt")
+    assert len(own(searched())) == 4
 
 
 def test_a_broken_search_storage_is_one_line(workspace):

@@ -87,7 +87,7 @@ def asking(url: str, name: str, asked) -> None:
     with open_storage(url) as storage:
         trials = trials_of(a_search(**SEARCH, name=name), storage)
         with trials.searcher:
-            trials.ask()
+            trials.next()
             asked.set()
             time.sleep(600)
 

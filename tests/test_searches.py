@@ -73,6 +73,11 @@ MISTAKES = [
     ("halving: 2", "halving: 1", "halving: Input should be greater than or equal to 2, but got 1"),
     ("kind: tpe", "kind: tpe, points: 3", "sampler: points: only the sampler 'grid' has them, but got kind 'tpe'"),
     ("kind: tpe", "kind: cmaes", "sampler.kind: Input should be 'tpe'"),
+    (
+        "trials: 12",
+        "trials: 12\nseed: 3",
+        "winner.seeds: must be others than `seed`",
+    ),
     ("trials: 12", "trials: 0", "trials: Input should be greater than 0, but got 0"),
     ("study: study", "study: studdy", "there is no"),
     ("study: study", "data: {name: uniform2d}", "`study` must name a study, or `model` be given in place"),
@@ -112,6 +117,13 @@ def test_a_bernoulli_likelihood_has_no_variance_to_search(load):
     own = "data: {name: digits5k}\nmodel: {hidden: [8], likelihood: bernoulli}\ntrain: {updates: 100}"
     with pytest.raises(ConfigError, match=r"space\.sigma2: a Bernoulli likelihood has no σ²"):
         load(text.replace("study: study", own))
+
+
+def test_a_variance_that_is_learned_lies_in_no_range(load):
+    space = load(SEARCH.replace("space:", "space:\n  sigma2: {low: 0.1, high: 1}")).space
+    assert 0.5 in space.sigma2 and "learned" not in space.sigma2 and None not in space.sigma2
+    listed = load(SEARCH.replace("space:", "space:\n  sigma2: {values: [1, learned]}")).space.sigma2
+    assert [listed.index(value) for value in (1.0, "1.0", 1, "learned")] == [0, 0, 0, 1]
 
 
 def test_the_samplers_grid_is_the_product_of_what_varies(load):

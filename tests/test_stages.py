@@ -7,6 +7,7 @@ from collections import Counter
 
 import pandas as pd
 import pytest
+from tiny import STUDY, drive, write
 
 from pipeline import tracking
 from pipeline.artifacts import ArtifactError, CellStore, Folders, read_json, read_table, read_tensors
@@ -253,6 +254,7 @@ def test_clean_removes_what_no_listed_study_uses(workspace):
     write()
     with pytest.raises(ArtifactError, match="trials.csv: is missing"):
         clean.run()
+    train.run("tiny", drive)
     search.run("hunt", drive)
     shutil.rmtree(Folders("tiny").train)  # as DVC does before it trains
     assert (

@@ -40,9 +40,9 @@ def a_search(**changes) -> Search:
     return Search.model_validate(recipe | changes)
 
 
-def trials_of(search: Search, storage) -> Trials:
+def trials_of(search: Search, storage, store: str = "store") -> Trials:
     runtime = Runtime(device="cpu", torch="2.0", precision="float32")
-    return Trials("hunt", search, search.model, search.train, "data", runtime, storage, CellStore(Path("store")))
+    return Trials("hunt", search, search.model, search.train, "data", runtime, storage, CellStore(Path(store)))
 
 
 def measured(batch, count: int) -> dict:
@@ -53,11 +53,11 @@ def search_through(search: Search, storage, batches: int = 99, slowly: float = 0
     """Every batch to its end, as the stage would."""
     trials, count = trials_of(search, storage), len(search.objectives)
     with trials.searcher:
-        while batches and (batch := trials.take_over() or trials.ask()):
+        while batches and (batch := trials.next()):
             for update in trials.rungs:
                 time.sleep(slowly)
                 decision = trials.decide(batch, update, measured(batch, count))
-                trials.leave(batch, trials.leaving(batch, decision), decision)
+                trials.leave(batch, trials.leaving(batch, decision), decision, {})
             values = measured(batch, count)
             trials.finish(batch, values, {key: {"score": found[0], "updates": 100} for key, found in values.items()})
             batches -= 1
@@ -129,7 +129,7 @@ def test_a_trial_without_a_value_fails_and_another_takes_its_place():
     with open_storage("sqlite:///optuna.db") as storage:
         trials = trials_of(search, storage)
         with trials.searcher:
-            batch = trials.ask()
+            batch = trials.next()
             values = measured(batch, 1)
             lost = next(iter(values))
             values[lost] = [None]
@@ -143,24 +143,82 @@ def test_a_searcher_that_has_gone_leaves_its_batch_to_the_next():
     with open_storage("sqlite:///optuna.db") as storage:
         gone = trials_of(search, storage)
         with pytest.raises(KeyboardInterrupt), gone.searcher:
-            left = [member.cell for member in gone.ask().running]
+            left = [member.cell for member in gone.next().running]
             raise KeyboardInterrupt
         trials = trials_of(search, storage)
         with trials.searcher:
-            assert [member.cell for member in trials.take_over().running] == left
+            assert [member.cell for member in trials.next().running] == left
         assert trials.standing().running == len(left)
 
 
-def test_a_study_that_asks_something_else_is_refused():
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (FRONT, "directions maximize there, minimize, minimize here"),
+        ({"space": {"beta": {"low": 0.1, "high": 5.0}, "latent_dim": 2}}, "space.beta 0.1 to 4, log there, 0.1 to 5, log here"),
+        ({"winner": {"goal": TWO[0]}}, "winner.goal validation/elbo up there, validation/mse down here"),
+        ({"sampler": {"kind": "qmc"}}, "sampler kind tpe, seed 0 there, kind qmc, seed 0 here"),
+        (HALVED, "rungs none there, 0.25, 0.5 here"),
+        ({"batch": 6}, "batch 4 there, 6 here"),
+    ],
+)
+def test_a_study_that_asks_something_else_is_refused(changes, told):
     with open_storage("sqlite:///optuna.db") as storage:
-        trials_of(a_search(), storage)
-        with pytest.raises(
-            SearchError, match="exists and asks something else: directions maximize there, minimize, minimize here"
-        ):
-            trials_of(a_search(**FRONT), storage)
-        space = {"beta": {"low": 0.1, "high": 5.0}, "latent_dim": {"low": 1, "high": 8}}
-        with pytest.raises(SearchError, match=r"asks something else: space\.beta 0\.1 to 4, log there, 0\.1 to 5, log here"):
-            trials_of(a_search(space=space), storage)
+        search_through(a_search(), storage, batches=1)
+        with pytest.raises(SearchError) as error:
+            trials_of(a_search(**changes), storage).standing()
+        assert f"exists and asks something else: {told}; give this search another `name`" in str(error.value)
+        assert trials_of(a_search(trials=20, title="Another", winner={"seeds": (7,)}), storage).standing().complete == 4
+
+
+def test_a_study_without_trials_can_still_ask_something_else():
+    with open_storage("sqlite:///optuna.db") as storage:
+        assert trials_of(a_search(), storage).study
+        assert search_through(a_search(**HALVED), storage).standing().reached
+
+
+def test_two_machines_that_ask_at_one_moment_enter_no_trial_twice():
+    search = a_search(sampler={"kind": "random"})
+    with open_storage("sqlite:///optuna.db") as storage:
+        one, other = trials_of(search, storage, "one"), trials_of(search, storage, "other")
+        with one.searcher, other.searcher:
+            enter, others = one._enter, []
+
+            def enter_and_let_the_other_ask(drawn, place):
+                enter(drawn, place)
+                if not others:
+                    others.append(other.next())
+
+            one._enter = enter_and_let_the_other_ask
+            batches = [one.next(), *others]
+            assert sorted(member.ordinal for batch in batches for member in batch.running) == list(range(5))
+        assert len(drawn(one)) == 5
+
+
+def test_a_searcher_that_was_taken_for_dead_ends_nothing_twice():
+    search = a_search(**HALVED)
+    with open_storage("sqlite:///optuna.db") as storage:
+        late, taker = trials_of(search, storage, "one"), trials_of(search, storage, "other")
+        with late.searcher, taker.searcher:
+            batch = late.next()
+            taker.searcher.lives = lambda searcher: False
+            taken = taker.next()
+            assert [member.cell for member in taken.running] == [member.cell for member in batch.running]
+            for trials, whose in ((taker, taken), (late, batch)):
+                decision = trials.decide(whose, 25, measured(whose, 1))
+                trials.leave(whose, trials.leaving(whose, decision), decision, {})
+                trials.finish(whose, measured(whose, 1), {key: {"score": 0.0, "updates": 100} for key in whose.cells})
+        assert (taker.standing().ended, taker.standing().failed, taker.standing().running) == (4, 0, 0)
+
+
+def test_who_was_trained_beyond_a_rung_goes_on_and_who_diverged_fails():
+    with open_storage("sqlite:///optuna.db") as storage:
+        trials = trials_of(a_search(**HALVED), storage)
+        with trials.searcher:
+            batch = trials.next()
+            _beyond, diverged, *others = batch.cells
+            decision = trials.decide(batch, 25, {others[0]: [1.0], others[1]: [2.0]}, {diverged})
+            assert decision == {"go on": [0, 3], "fail": [1], "values": {"2": [1.0], "3": [2.0]}}
 
 
 @pytest.fixture
@@ -176,6 +234,8 @@ def silent():
         "postgresql://me:secret@127.0.0.1:1/optuna",
         "postgresql://me:secret@127.0.0.1:{silent}/optuna",
         "postgresql://me:secret@192.0.2.1/optuna",
+        "postgresql://me:se/cr@et:secret@127.0.0.1:1/optuna",
+        "postgresql://127.0.0.1:1/optuna?user=me&password=secret",
         "sqlite:////no/such/f.db",
         "x://y",
     ],
@@ -187,4 +247,4 @@ def test_a_storage_that_is_away_is_one_line_within_seconds_and_no_password(url, 
         pass
     assert time.monotonic() - start < 7
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
-    assert str(error.value).startswith(url.replace(":secret", ""))
+    assert str(error.value).startswith(url[:15])

@@ -23,7 +23,7 @@ def run(dry_run: bool = False) -> tuple[int, int]:
         if not dry_run:
             for key in superseded:
                 store.remove(key)
-            store.remove_unfinished(used)
+            store.remove_traces(used)
             store.release(ended=store.progress().keys() - used)
     return len(superseded), size
 

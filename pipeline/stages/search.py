@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,12 +13,23 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from pipeline import drawing, halving, search_figures, tracking
-from pipeline.artifacts import CellStore, Folders, Prepared, kept_stacks, link, load_prepared, write_json, write_table
+from pipeline.artifacts import (
+    CellStore,
+    Folders,
+    Prepared,
+    finished_cells,
+    kept_stacks,
+    link,
+    load_prepared,
+    trained_stacks,
+    write_json,
+    write_table,
+)
 from pipeline.config import CONFIG_FOLDER, Settings, Study, load_settings
 from pipeline.evaluation import stack_size
 from pipeline.executors import Interrupted, find_runtime, keep_freed_memory, local_executor
 from pipeline.goals import Judge, Values
-from pipeline.grid import ENGINE_VERSION, Cell, cells, identify
+from pipeline.grid import ENGINE_VERSION, Cell, identify
 from pipeline.searches import Search, load_listed, load_search
 from pipeline.storages import SearchError, open_storage, storage_url
 from pipeline.trainer import RECORDED, records, unconverged
@@ -54,9 +66,14 @@ def run(name: str, show: Show, stop: Stop = lambda: None) -> None:
         hunt.check()
         with hunt.trials.searcher:
             show(name, hunt.steps())
-        with store.lock(f"results of search {name}", file=f"{name}.lock", wait=True):
+        with results_lock(store, name):
             _write(hunt)
     tracking.publish(searches=[name])
+
+
+def results_lock(store: CellStore, name: str) -> contextlib.AbstractContextManager[None]:
+    """Waits for other searchers of the same search."""
+    return store.lock(f"results of search {name}", file=f"{name}.lock", wait=True)
 
 
 class Hunt:
@@ -78,20 +95,25 @@ class Hunt:
         self.executor = local_executor(store, self.runtime, settings.stack_size, stop)
         _, self.model, self.train = search.settled(study)
         self.trials = Trials(name, search, self.model, self.train, data.hashes[0], self.runtime, storage, store)
+        self.folders = Folders(search.study or name)
         self.goals = list(dict.fromkeys([*search.objectives, search.chooses]))
         self.chooses = self.goals.index(search.chooses)
         self.on_device = data.to(self.runtime.device)
         self.judge = Judge(self.on_device, self.goals)
-        grid = identify(cells(study), data.hashes, self.runtime) if study else {}
-        self.grid = {key: cell for key, cell in grid.items() if key in store and self.is_sound(key)}
+        self.grid = finished_cells(self.folders, study, data) if study else {}
 
     def check(self) -> None:
-        """Whether these data and every arm of the space have the goals. Raises SearchError."""
+        """Whether these data and every arm of the space have the goals, and the budget all rungs. Raises SearchError."""
+        where = f"{CONFIG_FOLDER / self.name}.yaml"
+        if len(self.trials.rungs) < len(self.search.rungs):
+            points = f"{self.train.history_points} history points of {self.train.updates} updates"
+            raise SearchError(f"{where}: rungs: each must be another one of the {points}, and not the last")
         for arm in self.search.space.arm.values:
             cell = self.trials.cell({name: item.corners[0] for name, item in self.search.space.varied.items()} | {"arm": arm})
             if lacking := self.judge.lacking(cell):
-                where = f"arm '{arm}' on '{self.data.description['name']}'"
-                raise SearchError(f"{CONFIG_FOLDER / self.name}.yaml: objectives: {where} has no {lacking[0].metric}")
+                key = "objectives" if lacking[0] in self.search.objectives else "winner.goal"
+                data = self.data.description["name"]
+                raise SearchError(f"{where}: {key}: arm '{arm}' on '{data}' has no {lacking[0].metric}")
 
     def steps(self) -> Iterator[Step]:
         """The whole search: its trials, and then what came of them."""
@@ -103,21 +125,22 @@ class Hunt:
         yield Step(self.trials.standing(), "reading the grid", 0.0)
         self._begin_with_the_grid()
         while not (standing := self.trials.standing()).reached:
-            if batch := self.trials.take_over() or self.trials.ask():
+            if batch := self.trials.next():
                 yield from self._train(batch)
-            elif standing.running:
+            elif (standing := self.trials.standing()).running:
                 yield Step(standing, "waiting for other searchers", standing.ended / standing.target)
                 self._wait()
-            else:
-                break  # the sampler's grid has no further point
+            elif self.trials.exhausted:
+                break
 
     def compare(self) -> Iterator[Step]:
         """Trains the winner and the grid's best setting on the winner's seeds."""
         self.winner, self.rival = self.trials.winner(), self._rival()
         compared = self.seeds(self.winner) | self.seeds(self.rival) | self.identified([self.winner])
         standing = self.trials.standing()
-        for _ in self.executor.run(compared, self.data):
-            yield Step(standing, "winner and grid on other seeds", 1.0)
+        with results_lock(self.store, self.name):  # of several searchers, the first trains them
+            for _ in self.executor.run(compared, self.data):
+                yield Step(standing, "winner and grid on other seeds", 1.0)
 
     def _wait(self) -> None:
         time.sleep(WAITED)
@@ -132,7 +155,8 @@ class Hunt:
 
     @cached_property
     def _grid_values(self) -> Values:
-        return self._values(self.grid)
+        device, size = self.runtime.device, stack_size(self.on_device)
+        return self.judge.values(trained_stacks(self.folders, self.grid, self.data.features, device, size))
 
     def _rival(self) -> Cell | None:
         """The grid's best setting, by its mean over seeds of what chooses the winner, on validation data."""
@@ -165,40 +189,49 @@ class Hunt:
                 done = (sum(costs[:number]) + costs[number] * advance.updates_done / advance.updates) / sum(costs)
                 yield Step(standing, doing, min(1.0, (before + done * batch.size) / standing.target))
             if update < self.train.updates:
-                self._leave(batch, decision or self._decide(batch, update))
+                self._leave(batch, update, decision or self._decide(batch, update))
         self._finish(batch)
 
     def _decide(self, batch: Batch, update: int) -> dict[str, Any]:
-        ended = self._records(batch.cells)
-        sound = {key: cell for key, cell in batch.cells.items() if ended[key]["status"] != "diverged"}
-        return self.trials.decide(batch, update, self._objectives(self._values(sound)))
+        records = self._records(batch.cells, update)
+        sound = {key: batch.cells[key] for key, record in records.items() if record["status"] != "diverged"}
+        return self.trials.decide(batch, update, self._at_rung(batch, sound, update), records.keys() - sound.keys())
 
-    def _leave(self, batch: Batch, decision: Mapping[str, Any]) -> None:
+    def _at_rung(self, batch: Batch, here: Mapping[str, Cell], update: int) -> Values:
+        """Objectives of a batch's cells as they were at a rung: of those that stand there, and that once stood there."""
+        names = [goal.name for goal in self.search.objectives]
+        known = {key: self.store.rung(key, update) for key in batch.cells}
+        found = {key: [row[name] for name in names] for key, row in known.items() if all(name in row for name in names)}
+        fresh = self._objectives(self._values({key: cell for key, cell in here.items() if key not in found}))
+        for key, values in fresh.items():
+            self.store.save_rung(key, update, {**known[key], **dict(zip(names, values, strict=True))})
+        return found | fresh
+
+    def _leave(self, batch: Batch, update: int, decision: Mapping[str, Any]) -> None:
         leaving = self.trials.leaving(batch, decision)
-        for key, record in self._records({member.key: member.cell for member in leaving}).items():
+        records = self._records({member.key: member.cell for member in leaving}, update)
+        for key, record in records.items():
             self.store.save_unfinished(key, record)
-        self.trials.leave(batch, leaving, decision)
+        notes = {member.key: {"updates": update} for member in leaving}
+        self.trials.leave(batch, leaving, decision, notes)
         self.store.release(ended={member.key for member in leaving} - batch.cells.keys())
 
     def _finish(self, batch: Batch) -> None:
         sound = {key: cell for key, cell in batch.cells.items() if self.is_sound(key)}
-        values = self._values(sound)
-        notes = {key: {"score": row[self.chooses], **self._ended(key)} for key, row in values.items()}
+        values = {key: row for key, row in self._values(sound).items() if None not in row}
+        notes: dict[str, dict[str, Any]] = {key: {"updates": self.store.record(key)["updates"]} for key in batch.cells}
+        for key, row in values.items():
+            notes[key] |= {"score": row[self.chooses], "unconverged": unconverged(self.store.record(key))}
         self.trials.finish(batch, self._objectives(values), notes)
 
-    def _ended(self, key: str) -> dict[str, Any]:
-        record = self.store.record(key)
-        return {"updates": record["updates"], "unconverged": unconverged(record)}
-
-    def _records(self, wanted: Mapping[str, Cell]) -> dict[str, dict[str, Any]]:
-        """How the training of cells has gone so far, by id."""
-        progress, found = self.store.progress(), {}
-        for key, cell in wanted.items():
-            if key in self.store:
-                found[key] = self.store.record(key)
-            else:
-                (found[key],) = records(self.store.load_rows([progress[key]], names=RECORDED), cell.train, progress[key].update)
-        return found
+    def _records(self, wanted: Mapping[str, Cell], update: int) -> dict[str, dict[str, Any]]:
+        """How the training of those cells has gone that stand at an update, by id."""
+        progress = self.store.progress()
+        return {
+            key: records(self.store.load_rows([progress[key]], names=RECORDED), cell.train, update)[0]
+            for key, cell in wanted.items()
+            if key not in self.store and key in progress and progress[key].update == update
+        }
 
     def is_sound(self, key: str) -> bool:
         return self.store.record(key)["status"] == "finished"
@@ -245,12 +278,13 @@ def _compared(hunt: Hunt) -> pd.DataFrame:
         for key, cell in sound.items():
             found = {goal.on_test: value for goal, value in zip(hunt.goals, values[key], strict=True)}
             rows.append({"side": side, "cell_id": key, **cell.row(), "updates": cell.train.updates, **found})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["side", "cell_id", "seed"])
 
 
 def _about(hunt: Hunt, trials: pd.DataFrame) -> dict[str, Any]:
     search, runtime = hunt.search, hunt.runtime
     own = trials[trials["state"] != GRID]
+    trained = own[~own["cell_id"].isin(hunt.grid)].groupby("cell_id")["updates"].max()
     return {
         "search": hunt.name,
         "title": search.title,
@@ -264,7 +298,7 @@ def _about(hunt: Hunt, trials: pd.DataFrame) -> dict[str, Any]:
         "seed": search.seed,
         "updates": hunt.train.updates,
         "rungs": hunt.trials.rungs,
-        "updates_spent": int(own["updates"].sum()),
+        "updates_spent": int(trained.sum()),
         "grid_cells": len(hunt.grid),
         "grid_updates": sum(cell.train.updates for cell in hunt.grid.values()),
         "device": runtime.device,
