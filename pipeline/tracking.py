@@ -89,6 +89,8 @@ class ParentRecord:
     title: str
     tags: Mapping[str, str] = field(default_factory=dict)
     artifacts: Mapping[str, Path] = field(default_factory=dict)
+    all_given: bool = False
+    """Whether the records beside it are all that it has; runs of earlier ones then lose the tag `best`."""
 
     def as_run(self) -> RunRecord:
         """The parent as a run like any other."""
@@ -121,13 +123,13 @@ class StoredRun:
 class Change:
     """What a stored run lacks."""
 
-    params: dict[str, str]
-    points: list[Point]
-    tags: dict[str, str]
-    artifacts: dict[str, Path]
-    model: Callable[[], Reconstruction] | None
-    registered: str
-    status: str | None
+    params: dict[str, str] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
+    artifacts: dict[str, Path] = field(default_factory=dict)
+    model: Callable[[], Reconstruction] | None = None
+    registered: str = ""
+    status: str | None = None
 
     def __bool__(self) -> bool:
         return any((self.params, self.points, self.tags, self.artifacts, self.model, self.status))
@@ -149,8 +151,14 @@ class _Publisher(ABC):
         with self._session():
             experiment_id, runs = self._open(experiment)
             self._put(experiment_id, runs, parent.as_run())
-            below = {"mlflow.parentRunId": runs[PARENT].id}
-            return sum(self._put(experiment_id, runs, replace(record, tags={**record.tags, **below})) for record in records)
+            below, given, changed = {"mlflow.parentRunId": runs[PARENT].id}, {PARENT}, 0
+            for record in records:
+                changed += self._put(experiment_id, runs, replace(record, tags={**record.tags, **below}))
+                given.add(record.key)
+            if parent.all_given:
+                for run in (run for key, run in runs.items() if key not in given and run.tags.get(BEST) == "true"):
+                    self._bring(experiment_id, run, Change(tags={BEST: "false"}))
+            return changed
 
     def _put(self, experiment_id: str, runs: dict[str, StoredRun], record: RunRecord) -> bool:
         versions = _versions(record)
@@ -160,9 +168,12 @@ class _Publisher(ABC):
         run = runs[record.key]
         change = _difference(record, versions, run)
         if change:
-            self._write(experiment_id, run, change)
-            _absorb(run, change)
+            self._bring(experiment_id, run, change)
         return bool(change)
+
+    def _bring(self, experiment_id: str, run: StoredRun, change: Change) -> None:
+        self._write(experiment_id, run, change)
+        _absorb(run, change)
 
     @abstractmethod
     def _session(self) -> contextlib.AbstractContextManager[None]: ...
@@ -325,6 +336,9 @@ class MlflowTracker(_Publisher):
             model_id = self._log_model(experiment_id, run.id, {**run.params, **change.params}, *change.model())
             if change.registered:
                 self._register(change.registered, model_id, run.id)
+        elif change.registered:  # it is the best again
+            versions = self._client.search_model_versions(f"name = '{change.registered}' and run_id = '{run.id}'")
+            self._client.set_registered_model_alias(change.registered, BEST, max(int(found.version) for found in versions))
         self._log_batches(run, change)
         if change.status:
             self._client.set_terminated(run.id, change.status)
@@ -756,7 +770,7 @@ def search_records(
         model = search.settled(study)[1]
         records = [_with_model(folder, record, partial(reconstruction, config=model)) for record in records]
     parent = _parent(name, "search", about, folder / "trials.csv")
-    return replace(parent, artifacts={**parent.artifacts, "pictures": folder / "pictures"}), records
+    return replace(parent, artifacts={**parent.artifacts, "pictures": folder / "pictures"}, all_given=True), records
 
 
 def _trial_record(search: str, row: dict[str, Any], about: dict[str, Any], curves: pd.DataFrame | None) -> RunRecord:

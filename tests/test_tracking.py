@@ -388,6 +388,26 @@ def test_the_model_loads_without_this_package_and_knows_its_shapes(database, bes
     assert b"pipeline" not in pickled
 
 
+def test_the_alias_and_the_tag_best_follow_the_winner_of_a_search(database, best):
+    tracker = MlflowTracker(database)
+    search = replace(PARENT, all_given=True)
+
+    def publish(winner: str | None, *keys: str) -> str:
+        tag = {key: {"best": str(key == winner).lower()} for key in keys}
+        records = [replace(record(), key=key, tags=tag[key], artifacts={}) for key in keys]
+        model = {"model": lambda: (nn.Linear(3, 3), torch.zeros(2, 3)), "registered": "hunt"}
+        tracker.publish("hunt", search, [replace(r, **model) if r.key == winner else r for r in records])
+        return tracker._client.get_model_version_by_alias("hunt", "best").run_id
+
+    runs = {winner: publish(winner, "one", "other") for winner in ("one", "other")}
+    assert runs["one"] != runs["other"]
+    assert publish("one", "one", "other") == runs["one"]
+    assert publish("new", "new") not in runs.values()
+    place = tracker._client.get_experiment_by_name("hunt").experiment_id
+    (tagged,) = [run for run in tracker._client.search_runs([place]) if run.data.tags.get("best") == "true"]
+    assert tagged.info.run_id == publish("new", "new")
+
+
 def test_a_deleted_experiment_comes_back_with_its_runs(database):
     tracker = MlflowTracker(database)
     tracker.publish("study", PARENT, [record()])
