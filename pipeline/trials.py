@@ -211,8 +211,7 @@ class Trials:
         rows = [self._row(trial, front) | {"state": GRID, "updates": self.train.updates} for trial in self.grid()]
         for trial in ended:
             place = {"trial": _ordinal(trial), "batch": batches.index(trial.user_attrs["batch"])}
-            outcome = trial.user_attrs.get("outcome", {"updates": max((update for update, _ in _rungs(trial)), default=0)})
-            rows.append({**self._row(trial, front), "state": STATES[trial.state.name], **place, **outcome})
+            rows.append({**self._row(trial, front), "state": STATES[trial.state.name], **place, **trial.user_attrs["outcome"]})
         winner = self._key(self.winner())
         return pd.DataFrame(rows).assign(best=lambda table: (table["cell_id"] == winner) & (table["state"] == "complete"))
 
@@ -459,30 +458,26 @@ class Trials:
         """The running members that do not go on."""
         return [member for member in batch.running if member.ordinal not in decision["go on"]]
 
-    def leave(
-        self, batch: Batch, leaving: Sequence[Member], decision: Mapping[str, Any], notes: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        """Tells that trials have left their batch, and notes about their cells."""
+    def leave(self, batch: Batch, update: int, decision: Mapping[str, Any]) -> None:
+        """Tells who has left a batch at a rung."""
+        leaving = self.leaving(batch, decision)
         for member in leaving:
-            self._tell(member, "FAIL" if member.ordinal in decision["fail"] else "PRUNED", notes.get(member.key))
+            self._tell(member, "FAIL" if member.ordinal in decision["fail"] else "PRUNED", {"updates": update})
         batch.running = [member for member in batch.running if member not in leaving]
 
     def finish(self, batch: Batch, values: Mapping[str, list[float | None]], notes: Mapping[str, Mapping[str, Any]]) -> None:
         """Tells the values of trained cells, and notes about them; a trial without all its values has failed."""
         for member in batch.running:
-            found, note = values.get(member.key), notes.get(member.key)
-            if found is None or None in found:
-                self._tell(member, "FAIL", note)
-            else:
-                self._tell(member, "COMPLETE", note, found)
+            found = values.get(member.key, [None])
+            complete = None not in found
+            self._tell(member, "COMPLETE" if complete else "FAIL", notes[member.key], found if complete else None)
         batch.running = []
 
-    def _tell(self, member: Member, state: str, note: Mapping[str, Any] | None, values: list[float] | None = None) -> None:
+    def _tell(self, member: Member, state: str, outcome: Mapping[str, Any], values: list[float] | None = None) -> None:
         from optuna.trial import TrialState
 
         with _unless_ended():
-            if note is not None:
-                self.storage.set_trial_user_attr(member.id, "outcome", dict(note))
+            self.storage.set_trial_user_attr(member.id, "outcome", dict(outcome))
             self.storage.set_trial_state_values(member.id, TrialState[state], values)
 
 

@@ -57,7 +57,7 @@ def search_through(search: Search, storage, batches: int = 99, slowly: float = 0
             for update in trials.rungs:
                 time.sleep(slowly)
                 decision = trials.decide(batch, update, measured(batch, count))
-                trials.leave(batch, trials.leaving(batch, decision), decision, {})
+                trials.leave(batch, update, decision)
             values = measured(batch, count)
             trials.finish(batch, values, {key: {"score": found[0], "updates": 100} for key, found in values.items()})
             batches -= 1
@@ -206,7 +206,7 @@ def test_a_searcher_that_was_taken_for_dead_ends_nothing_twice():
             assert [member.cell for member in taken.running] == [member.cell for member in batch.running]
             for trials, whose in ((taker, taken), (late, batch)):
                 decision = trials.decide(whose, 25, measured(whose, 1))
-                trials.leave(whose, trials.leaving(whose, decision), decision, {})
+                trials.leave(whose, 25, decision)
                 trials.finish(whose, measured(whose, 1), {key: {"score": 0.0, "updates": 100} for key in whose.cells})
         assert (taker.standing().ended, taker.standing().failed, taker.standing().running) == (4, 0, 0)
 

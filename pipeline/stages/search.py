@@ -208,13 +208,11 @@ class Hunt:
         return found | fresh
 
     def _leave(self, batch: Batch, update: int, decision: Mapping[str, Any]) -> None:
-        leaving = self.trials.leaving(batch, decision)
-        records = self._records({member.key: member.cell for member in leaving}, update)
-        for key, record in records.items():
+        leaving = {member.key: member.cell for member in self.trials.leaving(batch, decision)}
+        for key, record in self._records(leaving, update).items():
             self.store.save_unfinished(key, record)
-        notes = {member.key: {"updates": update} for member in leaving}
-        self.trials.leave(batch, leaving, decision, notes)
-        self.store.release(ended={member.key for member in leaving} - batch.cells.keys())
+        self.trials.leave(batch, update, decision)
+        self.store.release(ended=leaving.keys() - batch.cells.keys())
 
     def _finish(self, batch: Batch) -> None:
         sound = {key: cell for key, cell in batch.cells.items() if self.is_sound(key)}
