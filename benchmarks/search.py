@@ -205,8 +205,8 @@ def ways(task: Task, seed: int) -> dict[str, tuple[Callable[..., Outcome], Searc
     }
 
 
-def compare(task: Task, device: str, seeds: int) -> dict[str, list[Outcome]]:
-    """Outcomes by way, one a seed."""
+def compare(task: Task, device: str, seeds: int) -> Iterator[dict[str, list[Outcome]]]:
+    """Outcomes by way, one a seed; after each seed those so far."""
     found: dict[str, list[Outcome]] = {}
     data = _prepared(task)
     for seed in range(seeds):
@@ -215,7 +215,7 @@ def compare(task: Task, device: str, seeds: int) -> dict[str, list[Outcome]]:
                 outcome = way(search, data, device, task.storage)
             print(f"seed {seed}, {name}: {outcome.seconds:.1f} s, best {outcome.best:.2f}", flush=True)
             found.setdefault(name, []).append(outcome)
-    return found
+        yield found
 
 
 def _prepared(task: Task) -> Prepared:
@@ -266,8 +266,8 @@ def main(chosen: tuple[str, ...], seeds: int, device: str) -> None:
     for name in chosen:
         print(f"\n## {name}\n", flush=True)
         trials = TASKS[name].search["trials"]
-        found = compare(TASKS[name], device, seeds)
-        print(f"\n{trials} trials, {seeds} seeds\n\n{table(found, trials)}")
+        for done, found in enumerate(compare(TASKS[name], device, seeds), start=1):
+            print(f"\n{trials} trials, seeds: {done}\n\n{table(found, trials)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -111,15 +111,16 @@ class Searcher:
     """
 
     def __init__(self, study: optuna.Study, store: CellStore):
-        self.study, self.folder = study, store.root / "searchers"
+        self.study, self.folder = study, store.root / "searchers" / study.study_name
         self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._seen: dict[str, tuple[Any, float]] = {}
         self._ended = threading.Event()
 
     def __enter__(self) -> Searcher:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self.folder / self.id).open("w")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        with self.turn():  # in which others look for files that nobody has locked
+            self._file = (self.folder / self.id).open("w")
+            fcntl.flock(self._file, fcntl.LOCK_EX)
         self.study.set_user_attr(self._beats(self.id), 0)
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
