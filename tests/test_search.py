@@ -199,8 +199,9 @@ def hunting(folder: Path) -> None:
     search.run("hunt", drive)
 
 
-def test_a_search_killed_at_ten_moments_ends_with_the_trials_of_one_that_was_not(workspace):
-    write(ONE.replace("trials: 12", "trials: 36"), "hunt")
+@pytest.fixture
+def begin(workspace):
+    """Starts a process that searches."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
 
@@ -209,6 +210,23 @@ def test_a_search_killed_at_ten_moments_ends_with_the_trials_of_one_that_was_not
         process.start()
         return process
 
+    return begin
+
+
+def test_two_searchers_share_a_search_and_both_end_with_all_of_it(workspace, begin):
+    write(ONE.replace("trials: 12", "trials: 24"), "hunt")
+    both = [begin(), begin()]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    trials = read_table(Folders("hunt").search / "trials.csv")
+    assert sorted(trials["trial"].dropna()) == list(range(24))
+    assert set(trials["state"]) == {"grid", "complete", "pruned"}
+    assert len(read_table(Folders("hunt").search / "winner.csv")) == 4
+
+
+def test_a_search_killed_at_ten_moments_ends_with_the_trials_of_one_that_was_not(workspace, begin):
+    write(ONE.replace("trials: 12", "trials: 36"), "hunt")
     start, moments = time.monotonic(), random.Random(0)
     whole = begin()
     whole.join()
@@ -216,9 +234,7 @@ def test_a_search_killed_at_ten_moments_ends_with_the_trials_of_one_that_was_not
     assert whole.exitcode == 0
     trials = read_table(Folders("hunt").search / "trials.csv")
     (workspace / "optuna.db").unlink()
-    for path in (workspace / ".vaesweep" / "cells").iterdir():
-        if path.name in set(trials["cell_id"][trials["state"] != "grid"]):
-            CellStore().remove(path.name)
+    shutil.rmtree(workspace / ".vaesweep")
     killed = 0
     for _ in range(KILLS):
         process = begin()
