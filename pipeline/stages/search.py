@@ -185,7 +185,9 @@ class Hunt:
         for number, update in enumerate(rungs):
             decision, standing = self.trials.decision(batch, update), self.trials.standing()
             doing = f"batch of {batch.size}: {len(batch.running)} to update {update}"
-            for advance in self.executor.run({} if decision else batch.cells, self.data, update):
+            judged = batch.cells if decision else self._judged(batch, update)
+            wanted = {key: cell for key, cell in batch.cells.items() if key not in judged}
+            for advance in self.executor.run(wanted, self.data, update):
                 done = (sum(costs[:number]) + costs[number] * advance.updates_done / advance.updates) / sum(costs)
                 yield Step(standing, doing, min(1.0, (before + done * batch.size) / standing.target))
             if update < self.train.updates:
@@ -195,17 +197,18 @@ class Hunt:
     def _decide(self, batch: Batch, update: int) -> dict[str, Any]:
         records = self._records(batch.cells, update)
         sound = {key: batch.cells[key] for key, record in records.items() if record["status"] != "diverged"}
-        return self.trials.decide(batch, update, self._at_rung(batch, sound, update), records.keys() - sound.keys())
-
-    def _at_rung(self, batch: Batch, here: Mapping[str, Cell], update: int) -> Values:
-        """Objectives of a batch's cells as they were at a rung: of those that stand there, and that once stood there."""
+        known = self._judged(batch, update)
+        fresh = self._objectives(self._values({key: cell for key, cell in sound.items() if key not in known}))
         names = [goal.name for goal in self.search.objectives]
-        known = {key: self.store.rung(key, update) for key in batch.cells}
-        found = {key: [row[name] for name in names] for key, row in known.items() if all(name in row for name in names)}
-        fresh = self._objectives(self._values({key: cell for key, cell in here.items() if key not in found}))
         for key, values in fresh.items():
-            self.store.save_rung(key, update, {**known[key], **dict(zip(names, values, strict=True))})
-        return found | fresh
+            self.store.save_rung(key, update, {**self.store.rung(key, update), **dict(zip(names, values, strict=True))})
+        return self.trials.decide(batch, update, known | fresh, records.keys() - sound.keys())
+
+    def _judged(self, batch: Batch, update: int) -> Values:
+        """Objectives of those cells of a batch that were measured at this rung before, by this search or another one."""
+        names = [goal.name for goal in self.search.objectives]
+        found = {key: self.store.rung(key, update) for key in batch.cells}
+        return {key: [row[name] for name in names] for key, row in found.items() if all(name in row for name in names)}
 
     def _leave(self, batch: Batch, update: int, decision: Mapping[str, Any]) -> None:
         leaving = {member.key: member.cell for member in self.trials.leaving(batch, decision)}
