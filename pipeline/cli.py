@@ -207,7 +207,7 @@ def _show_search(name: str, steps: Iterable[Step]) -> None:
             first = step.share if first is None else first
             now = time.monotonic()
             done = step.share - first
-            left = (now - start) * (1 - step.share) / done if done > TOLD_FROM else None
+            left = (now - start) * (1 - step.share) / done if done > TOLD_FROM and step.share < 1 else None
             line = _in_words(name, step, left)
             if live:
                 live.update(Text(line))
