@@ -37,6 +37,10 @@ class ArtifactError(VaesweepError):
     """A file that cannot be read or written, or that a newer version wrote."""
 
 
+class HeldError(ArtifactError):
+    """Another process holds what is asked for."""
+
+
 def main_checkout(here: Path | None = None) -> Path:
     """The folder that owns the cell store and the tracking database.
 
@@ -277,7 +281,7 @@ class CellStore:
     def lock(self, purpose: str, *, file: str = "lock", shared: bool = False, wait: bool = False) -> Iterator[None]:
         """Holds the store for one writer, or for one of several that may write the same bytes to the same place.
 
-        Raises ArtifactError, naming the holder, while another process has it, unless it may `wait`.
+        Raises HeldError, naming the holder, while another process has it, unless it may `wait`.
         """
         path = self.root / file
         try:
@@ -290,7 +294,7 @@ class CellStore:
                 fcntl.flock(opened, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 opened.seek(0)
-                raise ArtifactError(f"{path}: is held by {opened.read().strip() or 'another process'}; wait for it") from None
+                raise HeldError(f"{path}: is held by {opened.read().strip() or 'another process'}; wait for it") from None
             opened.truncate(0)
             opened.write(f"process {os.getpid()} ({purpose})")
             opened.flush()

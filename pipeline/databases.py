@@ -28,7 +28,7 @@ def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite store, as SQLite names it; None for other stores."""
     from sqlalchemy.engine import make_url
 
-    database = make_url(uri).database if uri.startswith("sqlite") else None
+    database = make_url(uri).database if uri.startswith("sqlite") and "://" in uri else None
     return Path(database).resolve() if database and not database.startswith((":memory:", "file:")) else None
 
 
@@ -114,6 +114,6 @@ def reason(error: BaseException) -> str:
 
 
 def without_password(text: str) -> str:
-    """A line in which URLs keep their user and lose the password, which may hold any character but a space."""
-    text = re.sub(r"(://[^/\s:@]*):\S*@", r"\1@", text)
-    return re.sub(r"(?i)([?&]\w*(?:password|passwd)=)[^&\s]*", r"\1***", text)
+    """A line in which URLs keep their user and lose the password, which may hold any character."""
+    text = re.sub(r"(://[^/\s:@]*):[^\n]*@", r"\1@", text)
+    return re.sub(r"(?i)((?:password|passwd|pwd)(?:=|%3D))[^&;\s]*", r"\1***", text)

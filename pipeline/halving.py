@@ -47,7 +47,9 @@ def ranked(values: Sequence[Point]) -> list[int]:
 
 def fronts(values: Sequence[Point]) -> list[list[int]]:
     """Trials that no other dominates; those that only these dominate; and so on."""
-    points = np.asarray(values, dtype=float).reshape(len(values), -1)
+    if not values:
+        return []
+    points = np.asarray(values, dtype=float)
     one, other = points[:, None], points[None]
     dominates = (one <= other).all(axis=-1) & (one < other).any(axis=-1)
     left, found = np.ones(len(points), dtype=bool), []

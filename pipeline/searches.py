@@ -206,7 +206,9 @@ class Pruner(Strict):
     """One of Optuna's pruners: at each rung it compares a trial with the finished ones of earlier batches."""
 
     kind: Literal["median", "percentile", "successive_halving", "hyperband"]
-    startup: Annotated[int, Field(ge=1)] = Field(8, description="finished trials before it begins (median, percentile)")
+    startup: Annotated[int, Field(ge=1)] = Field(
+        8, description="finished trials, also of the grid, before it begins (median, percentile)"
+    )
     percentile: Annotated[float, Field(gt=0, lt=100)] = Field(25.0, description="of finished trials, that a trial must reach")
     factor: Annotated[int, Field(ge=2)] = Field(3, description="of successive_halving and hyperband")
 

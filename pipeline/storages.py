@@ -49,10 +49,11 @@ def open_storage(url: str) -> Iterator[optuna.storages.BaseStorage]:
     from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    with databases.quick_commits(url):
+    with contextlib.ExitStack() as stack:
         with _one_line_errors(
             url, SQLAlchemyError, optuna.exceptions.OptunaError, OSError, ImportError, RuntimeError, ValueError
         ):
+            stack.enter_context(databases.quick_commits(url))
             storage = optuna.storages.get_storage(_connect(url))
         with _one_line_errors(url, SQLAlchemyError, optuna.exceptions.StorageInternalError):
             yield storage

@@ -38,6 +38,7 @@ GRID = "grid"  # state of a trial that is a cell of the study's grid
 SETTINGS = ("arm", "beta", "latent_dim", "l2", "sigma2", "learning_rate")
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
 AT = "at update "  # begins the attributes that hold two objectives at a rung
+OF_PRUNERS = "completed_rung_"  # begins what successive halving notes of a trial, which one that is run anew has to earn
 PLACE = ("ordinal", "batch", "first", "size", "cell_id")  # of a trial, which it keeps when it is run anew
 
 
@@ -172,17 +173,30 @@ class Trials:
     def _all(self) -> list[optuna.trial.FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
 
+    def _known(self) -> list[optuna.trial.FrozenTrial]:
+        """All trials that count: none that is void, and of doubles, which only several machines can enter, the first."""
+        found: dict[Any, optuna.trial.FrozenTrial] = {}
+        for trial in self._all():
+            if "void" not in trial.user_attrs:
+                found.setdefault(trial.user_attrs["cell_id"] if _is_of_grid(trial) else _ordinal(trial), trial)
+        return list(found.values())
+
+    def _complete(self) -> list[optuna.trial.FrozenTrial]:
+        return [trial for trial in self._known() if trial.state.name == "COMPLETE"]
+
     def own(self, *states: str) -> list[optuna.trial.FrozenTrial]:
         """The search's own trials in some states, or in all; not the grid's, nor those that were only run anew."""
-        return [trial for trial in self._all() if _is_own(trial) and (not states or trial.state.name in states)]
+        return [trial for trial in self._known() if not _is_of_grid(trial) and (not states or trial.state.name in states)]
 
     def grid(self) -> list[optuna.trial.FrozenTrial]:
         """The cells of the grid that began the search."""
-        return [trial for trial in self._all() if "from_grid" in trial.user_attrs]
+        return [trial for trial in self._known() if _is_of_grid(trial)]
 
     def front(self) -> list[optuna.trial.FrozenTrial]:
-        """The best finished trials, the grid's among them: with one objective, one; with two, those that no other dominates."""
-        return self.study.best_trials if any(trial.state.name == "COMPLETE" for trial in self._all()) else []
+        """The finished trials that no other dominates, the grid's among them: with one objective, those of the best value."""
+        complete = self._complete()
+        best = halving.fronts([self._minimised(trial.values) for trial in complete])[:1]
+        return [complete[index] for front in best for index in front]
 
     def standing(self) -> Standing:
         counts: dict[str, int] = defaultdict(int)
@@ -194,14 +208,15 @@ class Trials:
         return Standing(self.search.trials, *states, best, len(front))
 
     def winner(self) -> Cell:
-        """The search's own finished trial that its `chooses` prefers. Raises SearchError where none has finished."""
+        """The cell of the own finished trial that `chooses` prefers. Raises SearchError where none has finished."""
+        return self.cell(self._best().params)
+
+    def _best(self) -> optuna.trial.FrozenTrial:
         complete = self.own("COMPLETE")
         if not complete:
             raise SearchError(f"{self.study.study_name}: no trial was finished with values, so there is no winner")
         sign = 1 if self.search.chooses.maximised else -1
-        return self.cell(
-            max(complete, key=lambda trial: (sign * trial.user_attrs["outcome"]["score"], -_ordinal(trial))).params
-        )
+        return max(complete, key=lambda trial: (sign * trial.user_attrs["outcome"]["score"], -_ordinal(trial)))
 
     def table(self) -> pd.DataFrame:
         """One row a trial in the order in which they were drawn, after the grid's cells: settings, values, outcome."""
@@ -212,8 +227,7 @@ class Trials:
         for trial in ended:
             place = {"trial": _ordinal(trial), "batch": batches.index(trial.user_attrs["batch"])}
             rows.append({**self._row(trial, front), "state": STATES[trial.state.name], **place, **trial.user_attrs["outcome"]})
-        winner = self._key(self.winner())
-        return pd.DataFrame(rows).assign(best=lambda table: (table["cell_id"] == winner) & (table["state"] == "complete"))
+        return pd.DataFrame(rows).assign(best=lambda table: table["trial"] == _ordinal(self._best()))
 
     def _row(self, trial: optuna.trial.FrozenTrial, front: set[int]) -> dict[str, Any]:
         row = self.cell(trial.params).row()
@@ -234,14 +248,16 @@ class Trials:
 
     def importances(self) -> pd.DataFrame:
         """How much of each objective's variance over finished trials each varied setting explains (fANOVA)."""
+        import optuna
         from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
-        rows = []
+        rows, study = [], optuna.create_study(directions=self.study.directions)
+        study.add_trials(self._complete())
         for number, goal in enumerate(self.search.objectives):
             with warnings.catch_warnings(), contextlib.suppress(ValueError, RuntimeError):  # too few trials, or all alike
                 warnings.simplefilter("ignore")
                 found = get_param_importances(
-                    self.study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda trial, at=number: trial.values[at]
+                    study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda trial, at=number: trial.values[at]
                 )
                 rows += [{"goal": goal.name, "setting": name, "importance": value} for name, value in found.items()]
         return pd.DataFrame(rows, columns=["goal", "setting", "importance"])
@@ -325,7 +341,7 @@ class Trials:
 
     def _draw(self, batch: Batch, ordinals: Sequence[int]) -> Batch | None:
         """Draws members of a batch, and enters them into the storage."""
-        drawn_trials = proposals.drawn(self.search, self.study.directions, self._all(), ordinals)
+        drawn_trials = proposals.drawn(self.search, self.study.directions, self._known(), ordinals)
         for ordinal, drawn in zip(ordinals, drawn_trials, strict=True):
             values = (ordinal, batch.name, batch.first, batch.size, self._key(self.cell(drawn.params)))
             self._enter(drawn, dict(zip(PLACE, values, strict=True)))
@@ -342,18 +358,21 @@ class Trials:
                 params=drawn.params,
                 distributions=drawn.distributions,
                 user_attrs={**place, "searcher": self.searcher.id},
-                system_attrs=dict(drawn.system_attrs),
+                system_attrs={key: value for key, value in drawn.system_attrs.items() if not key.startswith(OF_PRUNERS)},
             )
         )
 
     def _drop_doubles(self) -> None:
         """Fails this searcher's trials whose ordinals another one has entered before: on other machines, no turn parts them."""
-        entered: set[int] = set()
-        for trial in self.own():
-            double = _ordinal(trial) in entered
-            entered.add(_ordinal(trial))
-            if double and trial.state.name == "RUNNING" and trial.user_attrs["searcher"] == self.searcher.id:
+        known = {trial.number for trial in self._known()}
+        for trial in self._left_running(self.searcher.id):
+            if trial.number not in known:
                 self._void(trial, "double")
+
+    def _left_running(self, searcher: str) -> list[optuna.trial.FrozenTrial]:
+        """A searcher's running trials, those too that do not count."""
+        running = (trial for trial in self._all() if trial.state.name == "RUNNING" and "void" not in trial.user_attrs)
+        return [trial for trial in running if trial.user_attrs["searcher"] == searcher]
 
     def _void(self, trial: optuna.trial.FrozenTrial, why: str) -> None:
         """Fails a trial that then counts for nothing."""
@@ -380,9 +399,9 @@ class Trials:
         """A batch whose searcher has gone: its running trials are failed, and run anew by this one."""
         gone = {trial.user_attrs["searcher"] for trial in self.own("RUNNING")} - {self.searcher.id}
         for searcher in sorted(name for name in gone if not self.searcher.lives(name)):
-            for trial in self.own("RUNNING"):
-                if trial.user_attrs["searcher"] == searcher:
-                    self._void(trial, "stale")
+            known = {trial.number for trial in self._known()}
+            for trial in self._left_running(searcher):
+                self._void(trial, "stale" if trial.number in known else "double")
         self.searcher.forget_gone(busy={trial.user_attrs["searcher"] for trial in self.own("RUNNING")})
         self._run_anew()
         for batch in self._running().values():
@@ -409,9 +428,17 @@ class Trials:
 
     # What comes of trials
 
+    def still_ours(self, batch: Batch) -> bool:
+        """Drops those members that another searcher, which took this one for dead, has taken over; whether any is left."""
+        running = {trial.number for trial in self.own("RUNNING")}
+        batch.running = [member for member in batch.running if member.number in running]
+        return bool(batch.running)
+
     def decision(self, batch: Batch, update: int) -> dict[str, Any] | None:
         """What was decided at a rung; by a searcher that has gone, and then trials that are run anew are told it too."""
         decision = self.study.user_attrs.get(f"rung {batch.name} {update}")
+        if decision and not {member.ordinal for member in batch.running} <= set(decision["of"]):
+            return None  # about other members: two machines have taken over a part of the batch each
         if decision and any(trial.user_attrs.get("retry_of") is not None for trial in self.own("RUNNING")):
             self._report(batch, update, {int(ordinal): values for ordinal, values in decision["values"].items()})
         return decision
@@ -434,6 +461,7 @@ class Trials:
             frozen = {trial.number: trial for trial in self._all()}
             kept = [member for member in kept if not self.study.pruner.prune(self.study, frozen[member.number])]
         decision = {
+            "of": [member.ordinal for member in batch.running],
             "go on": [member.ordinal for member in batch.running if member in kept or member not in [*ranked, *failed]],
             "fail": [member.ordinal for member in failed],
             "values": {str(member.ordinal): values[member.key] for member in ranked},
@@ -490,8 +518,8 @@ def _unless_ended() -> Iterator[None]:
         yield
 
 
-def _is_own(trial: optuna.trial.FrozenTrial) -> bool:
-    return "from_grid" not in trial.user_attrs and "void" not in trial.user_attrs
+def _is_of_grid(trial: optuna.trial.FrozenTrial) -> bool:
+    return "from_grid" in trial.user_attrs
 
 
 def _ordinal(trial: optuna.trial.FrozenTrial) -> int:

@@ -70,8 +70,7 @@ MISTAKES = [
     ("seed: [0, 1]", f"seed: {list(range(6000))}", "the grid has 72000 cells, at most 20000 are allowed"),
     ("title: A study", "title: A study\ntitle: Another", "duplicate key"),
     ("title: A study\n", "", "title: is required"),
-    ("title: A study", "title: [", "cannot be read: line 3: "),
-    ("title: A study", "title: A study\ntitle: B", 'cannot be read: line 3: found duplicate key "title"'),
+    ("title: A study", "title: [", "cannot be read: line 4: expected ',' or ']'"),
 ]
 
 

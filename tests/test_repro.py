@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_stages import SEARCH, STUDY
+from tiny import SEARCH, STUDY
 
 from pipeline.artifacts import CellStore, read_table
 

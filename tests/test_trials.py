@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import time
 from pathlib import Path
@@ -102,10 +103,16 @@ def test_a_batch_is_halved_by_rank_and_optuna_knows_the_rungs():
         assert (trials.standing().complete, trials.standing().pruned) == (3, 9)
         for trial in trials.own():
             assert set(trial.intermediate_values) <= {25, 50} and 25 in trial.intermediate_values
-        complete, pruned = (
-            [trial.intermediate_values[25] for trial in trials.own(state)[:4]] for state in ("COMPLETE", "PRUNED")
-        )
-        assert max(complete) >= max(pruned)
+        for first in (0, 4, 8):
+            batch = [trial.intermediate_values for trial in trials.own() if trial.user_attrs["first"] == first]
+            for rung, next_rung in ((25, 50), (50, None)):
+                went_on, left = set(), set()
+                for trial in (trial for trial in trials.own() if trial.user_attrs["first"] == first):
+                    values = trial.intermediate_values
+                    if rung in values:
+                        further = next_rung in values if next_rung else trial.state.name == "COMPLETE"
+                        (went_on if further else left).add(values[rung])
+                assert min(went_on) >= max(left) and len(batch) == 4
 
 
 def test_two_objectives_at_a_rung_are_attributes():
@@ -195,6 +202,68 @@ def test_two_machines_that_ask_at_one_moment_enter_no_trial_twice():
         assert len(drawn(one)) == 5
 
 
+def test_a_third_machine_asks_while_two_draw_the_same_and_all_reach_the_target():
+    search = a_search(sampler={"kind": "random"})
+    with open_storage("sqlite:///optuna.db") as storage:
+        one, other, third = (trials_of(search, storage, name) for name in ("one", "other", "third"))
+        with one.searcher, other.searcher, third.searcher:
+            batches, asked, enter = [one.next()], [], other._enter
+            other._known = lambda: one._known() if asked else []  # it drew before the first one's trials were there
+
+            def enter_and_let_the_third_ask(drawn, place):
+                enter(drawn, place)
+                if len(third._all()) == 8:
+                    asked.append(third.next())
+
+            other._enter = enter_and_let_the_third_ask
+            assert other.next() is None
+            assert sorted(member.ordinal for batch in [*batches, *asked] for member in batch.running) == list(range(8))
+        standing = search_through(search, storage).standing()  # the rest; the others still live
+        assert (standing.ended, standing.running) == (4, 8)
+
+
+def test_two_machines_that_take_over_the_same_batch_prune_nobody_untrained():
+    search = a_search(**HALVED)
+    with open_storage("sqlite:///optuna.db") as storage:
+        gone = trials_of(search, storage, "gone")
+        with pytest.raises(KeyboardInterrupt), gone.searcher:
+            gone.next()
+            raise KeyboardInterrupt
+        takers = [trials_of(search, storage, name) for name in ("one", "other")]
+        with takers[0].searcher, takers[1].searcher:
+            for taker in takers:
+                taker.searcher.lives = lambda searcher: not searcher.endswith(gone.searcher.id)
+            enter, others = takers[0]._enter, []
+
+            def enter_and_let_the_other_take_over(drawn, place):
+                enter(drawn, place)
+                if not others:
+                    others.append(takers[1].next())
+
+            takers[0]._enter = enter_and_let_the_other_take_over
+            batches = [takers[0].next(), *others]
+            assert sorted(member.ordinal for batch in batches for member in batch.running) == list(range(4))
+            for taker, batch in zip(takers, batches, strict=True):
+                assert taker.decision(batch, 25) is None
+                decision = taker.decide(batch, 25, measured(batch, 1))
+                assert taker.decision(batch, 25) == decision
+                taker.leave(batch, 25, decision)
+        assert all(25 in trial.intermediate_values for trial in takers[0].own("PRUNED"))
+
+
+def test_two_machines_enter_the_grid_once():
+    search = a_search()
+    with open_storage("sqlite:///optuna.db") as storage:
+        one, other = trials_of(search, storage, "one"), trials_of(search, storage, "other")
+        params = {"a": {"beta": 1.0, "latent_dim": 2}, "b": {"beta": 2.0, "latent_dim": 3}}
+        with one.searcher, other.searcher:
+            other.grid = list  # it looked before the first one had entered them
+            for trials in (one, other):
+                trials.add_from_grid("study", params, {"a": [1.0], "b": [2.0]})
+        assert len(one._all()) == 4 and [trial.values for trial in one.grid()] == [[1.0], [2.0]]
+        assert len(one.front()) == 1
+
+
 def test_a_searcher_that_was_taken_for_dead_ends_nothing_twice():
     search = a_search(**HALVED)
     with open_storage("sqlite:///optuna.db") as storage:
@@ -204,6 +273,7 @@ def test_a_searcher_that_was_taken_for_dead_ends_nothing_twice():
             taker.searcher.lives = lambda searcher: False
             taken = taker.next()
             assert [member.cell for member in taken.running] == [member.cell for member in batch.running]
+            assert taker.still_ours(taken) and not late.still_ours(dataclasses.replace(batch))
             for trials, whose in ((taker, taken), (late, batch)):
                 decision = trials.decide(whose, 25, measured(whose, 1))
                 trials.leave(whose, 25, decision)
@@ -218,7 +288,7 @@ def test_who_was_trained_beyond_a_rung_goes_on_and_who_diverged_fails():
             batch = trials.next()
             _beyond, diverged, *others = batch.cells
             decision = trials.decide(batch, 25, {others[0]: [1.0], others[1]: [2.0]}, {diverged})
-            assert decision == {"go on": [0, 3], "fail": [1], "values": {"2": [1.0], "3": [2.0]}}
+            assert decision == {"of": [0, 1, 2, 3], "go on": [0, 3], "fail": [1], "values": {"2": [1.0], "3": [2.0]}}
 
 
 @pytest.fixture
@@ -238,6 +308,7 @@ def silent():
         "postgresql://127.0.0.1:1/optuna?user=me&password=secret",
         "sqlite:////no/such/f.db",
         "x://y",
+        "sqlite:x/no/such",
     ],
 )
 def test_a_storage_that_is_away_is_one_line_within_seconds_and_no_password(url, silent):

@@ -16,6 +16,7 @@ from pipeline import drawing, halving, search_figures, tracking
 from pipeline.artifacts import (
     CellStore,
     Folders,
+    HeldError,
     Prepared,
     finished_cells,
     kept_stacks,
@@ -66,14 +67,14 @@ def run(name: str, show: Show, stop: Stop = lambda: None) -> None:
         hunt.check()
         with hunt.trials.searcher:
             show(name, hunt.steps())
-        with results_lock(store, name):
+        with results_lock(store, name, wait=True):
             _write(hunt)
     tracking.publish(searches=[name])
 
 
-def results_lock(store: CellStore, name: str) -> contextlib.AbstractContextManager[None]:
-    """Waits for other searchers of the same search."""
-    return store.lock(f"results of search {name}", file=f"{name}.lock", wait=True)
+def results_lock(store: CellStore, name: str, wait: bool) -> contextlib.AbstractContextManager[None]:
+    """Keeps other searchers of the same search from what comes of it."""
+    return store.lock(f"results of search {name}", file=f"{name}.lock", wait=wait)
 
 
 class Hunt:
@@ -138,9 +139,19 @@ class Hunt:
         self.winner, self.rival = self.trials.winner(), self._rival()
         compared = self.seeds(self.winner) | self.seeds(self.rival) | self.identified([self.winner])
         standing = self.trials.standing()
-        with results_lock(self.store, self.name):  # of several searchers, the first trains them
+        with contextlib.ExitStack() as held:
+            while not self._are_ours(held):  # of several searchers, the first trains them
+                yield Step(standing, "waiting for another searcher", 1.0)
+                self._wait()
             for _ in self.executor.run(compared, self.data):
                 yield Step(standing, "winner and grid on other seeds", 1.0)
+
+    def _are_ours(self, held: contextlib.ExitStack) -> bool:
+        try:
+            held.enter_context(results_lock(self.store, self.name, wait=False))
+        except HeldError:
+            return False
+        return True
 
     def _wait(self) -> None:
         time.sleep(WAITED)
@@ -183,16 +194,23 @@ class Hunt:
         rungs = [*self.trials.rungs, self.train.updates]
         costs, before = halving.costs(batch.size, self.search.halving or 1, rungs), self.trials.standing().ended
         for number, update in enumerate(rungs):
+            if not self.trials.still_ours(batch):
+                return
             decision, standing = self.trials.decision(batch, update), self.trials.standing()
             doing = f"batch of {batch.size}: {len(batch.running)} to update {update}"
-            judged = batch.cells if decision else self._judged(batch, update)
-            wanted = {key: cell for key, cell in batch.cells.items() if key not in judged}
-            for advance in self.executor.run(wanted, self.data, update):
-                done = (sum(costs[:number]) + costs[number] * advance.updates_done / advance.updates) / sum(costs)
-                yield Step(standing, doing, min(1.0, (before + done * batch.size) / standing.target))
+            while not decision and (short := self._short_of(batch, update)):
+                for advance in self.executor.run(short, self.data, update):
+                    done = (sum(costs[:number]) + costs[number] * advance.updates_done / advance.updates) / sum(costs)
+                    yield Step(standing, doing, min(1.0, (before + done * batch.size) / standing.target))
             if update < self.train.updates:
                 self._leave(batch, update, decision or self._decide(batch, update))
         self._finish(batch)
+
+    def _short_of(self, batch: Batch, update: int) -> dict[str, Cell]:
+        """Cells that are not trained so far yet, or no more, where another search has removed the checkpoint of both."""
+        judged, reached, end = self._judged(batch, update), self.store.progress(), update == self.train.updates
+        there = {key for key, place in reached.items() if place.update >= update and not end}
+        return {key: cell for key, cell in batch.cells.items() if key not in self.store and key not in there | judged.keys()}
 
     def _decide(self, batch: Batch, update: int) -> dict[str, Any]:
         records = self._records(batch.cells, update)
