@@ -338,7 +338,9 @@ class MlflowTracker(_Publisher):
                 self._register(change.registered, model_id, run.id)
         elif change.registered:  # it is the best again
             versions = self._client.search_model_versions(f"name = '{change.registered}' and run_id = '{run.id}'")
-            self._client.set_registered_model_alias(change.registered, BEST, max(int(found.version) for found in versions))
+            if versions:  # else somebody has deleted them
+                newest = max(int(found.version) for found in versions)
+                self._client.set_registered_model_alias(change.registered, BEST, newest)
         self._log_batches(run, change)
         if change.status:
             self._client.set_terminated(run.id, change.status)
