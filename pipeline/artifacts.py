@@ -10,7 +10,9 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from pipeline.config import ConfigError, Data, Study, VaesweepError
 from pipeline.datasets import SPLITS, Binarise, Dataset
@@ -30,7 +32,11 @@ from pipeline.grid import Cell, Runtime, balanced, cells, data_points, identify
 from pipeline.model import StackedAutoencoder
 
 FORMAT_VERSION = 1
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
+MAX_HEADER = 100_000_000  # as safetensors has it
+WORDS, BLANK = "vaesweep", 64 * "0"
+RENEW = "the stage that wrote it writes it anew"
+_intact: dict[Path, tuple[int, int, int]] = {}
 
 
 class ArtifactError(VaesweepError):
@@ -85,9 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: is missing; run the stage that writes it, or `dvc repro`") from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
-        found = content.get("format") if isinstance(content, dict) else None
-        raise ArtifactError(f"{path}: has format {found!r}, this version reads format {FORMAT_VERSION}")
+    _check_format(path, content)
     return content
 
 
@@ -108,28 +112,82 @@ def read_table(path: Path) -> pd.DataFrame:
         raise ArtifactError(f"{path}: cannot be read: {error}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes named tensors as safetensors, with words about them in its header."""
-    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
+    """Writes named tensors as safetensors; its header holds words about them, a format version and the file's SHA-256.
+
+    The digest is that of the file in which zeros stand in its own place.
+    """
+    # One entry: safetensors writes several in random order.
+    words = {WORDS: json.dumps({"format": FORMAT_VERSION, "sha256": BLANK, **(about or {})}, sort_keys=True)}
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, words)
+    write_bytes(path, content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1))
+    with contextlib.suppress(FileNotFoundError):  # another process has removed it already
+        _intact[path] = _stamp(path)
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Reads named tensors that `write_tensors` wrote. Raises ArtifactError."""
+    """Reads named tensors that `write_tensors` wrote. Raises ArtifactError, also where one bit has changed since."""
+    with _opened(path, device) as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}
+
+
+def read_rows(path: Path, rows: slice, device: str = "cpu", names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    """Rows of the tensors that `write_tensors` wrote, or of those `names` among them. Raises ArtifactError."""
+    with _opened(path, device) as file:
+        return {name: file.get_slice(name)[rows] for name in names or file.keys()}
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The words in the header of a file that `write_tensors` wrote. Raises ArtifactError."""
+    with _opened(path) as file:
+        return json.loads(file.metadata()[WORDS])
+
+
+@contextlib.contextmanager
+def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
     try:
-        return load_file(path, device=device)
+        check_intact(path)
+        with safe_open(path, "pt", device=device) as file:
+            _check_format(path, json.loads((file.metadata() or {}).get(WORDS, "{}")))
+            yield file
     except FileNotFoundError:
         raise ArtifactError(f"{path}: is missing; run the stage that writes it, or `dvc repro`") from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{path}: cannot be read: {error}") from error
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The words in the header of a file that `write_tensors` wrote. Raises ArtifactError."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {error}") from error
+def _check_format(path: Path, content: Any) -> None:
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT_VERSION:
+        raise ArtifactError(f"{path}: has format {found!r}, this version reads format {FORMAT_VERSION}")
+
+
+def check_intact(path: Path) -> None:
+    """Whether a file of tensors is the one that was written, bit for bit. Raises ArtifactError, OSError.
+
+    safetensors checks sizes and names only. What this process wrote or has checked before is not read again.
+    """
+    if _intact.get(path) == (stamp := _stamp(path)):
+        return
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        header = file.read(8 + min(length, MAX_HEADER))
+        written = re.search(rb"sha256\W{1,9}([0-9a-f]{64})\W", header)
+        if not written:
+            raise ArtifactError(f"{path}: holds no SHA-256: it is damaged, or of an older version; {RENEW}")
+        digest = hashlib.sha256(header[: written.start(1)] + BLANK.encode() + header[written.end(1) :])
+        while part := file.read(1 << 20):
+            digest.update(part)
+    if digest.hexdigest() != written[1].decode():
+        raise ArtifactError(f"{path}: is damaged: its SHA-256 is not the one that was written; {RENEW}")
+    _intact[path] = stamp
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def sha256(path: Path) -> str:
@@ -139,13 +197,13 @@ def sha256(path: Path) -> str:
 
 
 def link(source: Path, target: Path) -> None:
-    """Puts `source` at `target` too, as a hard link where the file system can, else as a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
+    """Puts `source` at `target` too, as a hard link where the file system can, else as a copy. Raises ArtifactError."""
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        write_bytes(target, source.read_bytes())
 
 
 class Folders:
@@ -169,12 +227,13 @@ class Progress(NamedTuple):
     row: int
 
 
-def _read_row(place: Progress, device: str, names: Sequence[str] | None) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(place.path, "pt", device=device) as file:
-            return {name: file.get_slice(name)[place.row : place.row + 1] for name in names or file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{place.path}: cannot be read: {error}") from error
+def _rows(path: Path) -> dict[str, Progress]:
+    """What a checkpoint holds; nothing where it is damaged, of another version, or gone."""
+    with contextlib.suppress(ArtifactError):
+        about = read_about(path)
+        if about.get("checkpoint") == CHECKPOINT_VERSION:
+            return {key: Progress(about["update"], path, row) for row, key in enumerate(about["cell_ids"])}
+    return {}
 
 
 class CellStore:
@@ -221,14 +280,32 @@ class CellStore:
     def _rung(self, cell_id: str, update: int) -> Path:
         return self.root / "rungs" / f"{cell_id}-{update}.json"
 
+    def save_fit(self, kind: str, count: int) -> None:
+        """Keeps how many cells of a kind are known to train at once, after more did not fit into memory."""
+        write_json(self._fit(kind), {"cells": count})
+
+    def fit(self, kind: str) -> float:
+        """How many cells of a kind are known to train at once; infinity where no limit was met."""
+        path = self._fit(kind)
+        return float(read_json(path)["cells"]) if path.is_file() else math.inf
+
+    def _fit(self, kind: str) -> Path:
+        return self.root / "fits" / f"{kind}.json"
+
+    def remove_leftovers(self) -> None:
+        """Removes what killed processes had begun to write. Only for who holds the store alone."""
+        for path in [*self.root.glob("*/.*"), *self.root.glob("cells/*/.*")]:
+            path.unlink(missing_ok=True)
+
     def remove_traces(self, used: Container[str]) -> None:
-        """Forgets given-up cells that are not in use, and what was measured of cells on their way."""
+        """Forgets given-up cells that are not in use, what was measured of cells on their way, and limits of memory."""
+        shutil.rmtree(self.root / "fits", ignore_errors=True)
         for path in [*(self.root / "unfinished").glob("*.json"), *(self.root / "rungs").glob("*.json")]:
             if path.stem.split("-")[0] not in used:
                 path.unlink(missing_ok=True)
 
     def has_history(self, cell_id: str) -> bool:
-        """Whether the cell was trained here, to its end or not."""
+        """Whether the cell was trained here, to its end or until it was given up."""
         return cell_id in self or self._unfinished(cell_id).is_file()
 
     def history(self, cell_ids: Iterable[str]) -> pd.DataFrame:
@@ -236,6 +313,21 @@ class CellStore:
         found = {key: self.record(key) if key in self else read_json(self._unfinished(key)) for key in cell_ids}
         parts = [pd.DataFrame({"cell_id": key, **record["history"]}) for key, record in found.items()]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["cell_id", "update"])
+
+    def forget_damaged(self, cell_ids: Iterable[str]) -> list[str]:
+        """Removes those finished cells that are no longer as they were written, so that they are trained anew; their ids."""
+        damaged = [cell_id for cell_id in cell_ids if cell_id in self and not self._is_whole(cell_id)]
+        for cell_id in damaged:
+            self.remove(cell_id)
+        return damaged
+
+    def _is_whole(self, cell_id: str) -> bool:
+        try:
+            if self.record(cell_id).get("status") == "finished":
+                read_about(self.weights_path(cell_id))
+        except ArtifactError:
+            return False
+        return True
 
     def size(self, cell_id: str) -> int:
         """Bytes that a cell takes."""
@@ -245,35 +337,46 @@ class CellStore:
         shutil.rmtree(self.root / "cells" / cell_id, ignore_errors=True)
 
     def save_checkpoint(self, cell_ids: Sequence[str], state: Mapping[str, torch.Tensor], update: int) -> None:
-        """Keeps the state of a stack in training, one row a cell, over the one before."""
-        # Another process that trains the same cells, as two equal searches do, writes a file of its own.
+        """Keeps the state of a stack in training, one row a cell. The one before stays, should this one be damaged later."""
+        # Another process that trains the same cells, as two equal searches do, writes files of its own.
         name = hashlib.sha256(" ".join([socket.gethostname(), str(os.getpid()), *cell_ids]).encode()).hexdigest()[:16]
-        about = {"format": str(CHECKPOINT_VERSION), "cell_ids": json.dumps(cell_ids), "update": str(update)}
-        write_tensors(self.root / "checkpoints" / f"{name}.safetensors", state, about)
+        about = {"checkpoint": CHECKPOINT_VERSION, "cell_ids": list(cell_ids), "update": update}
+        slots = [self.root / "checkpoints" / f"{name}-{slot}.safetensors" for slot in "ab"]
+        write_tensors(
+            min(slots, key=lambda path: max((place.update for place in _rows(path).values()), default=-1)), state, about
+        )
 
     def progress(self) -> dict[str, Progress]:
         """Where the state of each cell in training lies: of several checkpoints, in the furthest one."""
-        found: dict[str, Progress] = {}
+        return {key: places[0] for key, places in self._places().items()}
+
+    def _places(self) -> dict[str, list[Progress]]:
+        """All states of each cell, the furthest first, in checkpoints that are as they were written."""
+        found: dict[str, list[Progress]] = {}
         for path in sorted((self.root / "checkpoints").glob("*.safetensors")):
-            with contextlib.suppress(ArtifactError):
-                about = read_metadata(path)
-                if about.get("format") == str(CHECKPOINT_VERSION):
-                    here = int(about["update"])
-                    rows = {key: Progress(here, path, row) for row, key in enumerate(json.loads(about["cell_ids"]))}
-                    found |= {key: place for key, place in rows.items() if key not in found or found[key].update < here}
-        return found
+            for key, place in _rows(path).items():
+                found.setdefault(key, []).append(place)
+        return {key: sorted(places, key=lambda place: -place.update) for key, places in found.items()}
 
     def load_rows(
         self, places: Sequence[Progress], device: str = "cpu", names: Sequence[str] | None = None
     ) -> dict[str, torch.Tensor]:
         """The state of a stack, or the `names` of it, whose rows may lie in several checkpoints. Raises ArtifactError."""
-        rows = [_read_row(place, device, names) for place in places]
+        rows = [read_rows(place.path, slice(place.row, place.row + 1), device, names) for place in places]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
-    def release(self, ended: Container[str] = ()) -> None:
-        """Removes the checkpoints that hold no cell's furthest state, but of cells that the store has or that have `ended`."""
+    def release(self, keep: Container[str] = (), ended: Container[str] = ()) -> None:
+        """Removes the checkpoints that no cell needs: one in training needs the two furthest.
+
+        A cell that the store has, or that has `ended`, is not; one that was given up is only if it is one to `keep`.
+        """
         known = list((self.root / "checkpoints").glob("*.safetensors"))  # not those that others write from now on
-        needed = {place.path for key, place in self.progress().items() if key not in self and key not in ended}
+        training = {
+            key: places
+            for key, places in self._places().items()
+            if key not in self and key not in ended and (key in keep or not self.has_history(key))
+        }
+        needed = {place.path for places in training.values() for place in places[:2]}
         for path in set(known) - needed:
             path.unlink(missing_ok=True)
 

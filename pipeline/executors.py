@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import json
 import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -35,6 +39,8 @@ STACK_CELLS = 256
 STACK_OVERHEAD, CELL_OVERHEAD = 120_000, 6_000
 WORTH_A_SPLIT = 0.97  # of the time before
 POLL_SECONDS = 0.2
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that ask training to stop
+PAUSE_SECONDS = 0.5  # after which a stack in training hears that it must stop
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -98,8 +104,17 @@ def workers(device: str) -> int:
     return torch.get_num_threads() if device == "cpu" else 1
 
 
-def plan_stacks(wanted: Mapping[str, Cell], features: int, device: str, size: int | None = None) -> list[list[str]]:
-    """Ids of the cells that will train together, the longest training first; `size` overrides the chosen number of cells."""
+def plan_stacks(
+    wanted: Mapping[str, Cell],
+    features: int,
+    device: str,
+    size: int | None = None,
+    fits: Callable[[Cell], float] = lambda cell: math.inf,
+) -> list[list[str]]:
+    """Ids of the cells that will train together, the longest training first.
+
+    `size` overrides the chosen number of cells; `fits` says how many like a given one are known to go into memory.
+    """
     if not wanted:
         return []
 
@@ -108,11 +123,12 @@ def plan_stacks(wanted: Mapping[str, Cell], features: int, device: str, size: in
         own = parameter_count(cell.model, features, cell.lanes) + CELL_OVERHEAD
         return cell.train.updates * (STACK_OVERHEAD + len(keys) * own)
 
+    most = min(map(fits, wanted.values()))
     if size:
-        return sorted(stacks(wanted, size), key=cost, reverse=True)
+        return sorted(stacks(wanted, int(min(size, most))), key=cost, reverse=True)
     at_once = workers(device)
     share = math.ceil(len(wanted) / at_once)
-    found = stacks(wanted, min(share, *(choose_stack_size(cell, features, device) for cell in wanted.values())))
+    found = stacks(wanted, int(min(share, most, *(choose_stack_size(cell, features, device) for cell in wanted.values()))))
     return _levelled(found, cost, at_once)
 
 
@@ -158,6 +174,17 @@ def _check_targets(cells: Mapping[str, Cell], data: Prepared) -> None:
             raise VaesweepError(f"model.likelihood: 'bernoulli' needs data in [0, 1], but {span}")
 
 
+def known_fits(store: CellStore, features: int, device: str) -> Callable[[Cell], float]:
+    """How many cells like a given one are known to train at once, from stacks that did not fit into memory."""
+    return lambda cell: store.fit(_memory_kind(cell, features, device))
+
+
+def _memory_kind(cell: Cell, features: int, device: str) -> str:
+    """Names what decides, beside their number, how much memory cells take in training."""
+    settled = [cell.model.model_dump_json(), cell.lanes, cell.train.batch_size, features, device]
+    return hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:16]
+
+
 def _out_of_memory(error: RuntimeError) -> bool:
     """torch raises OutOfMemoryError on a GPU only; on the CPU its allocator says so in words."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -192,6 +219,9 @@ class StackTraining:
         torch.cuda.empty_cache()
         if len(keys) == 1:
             raise VaesweepError("one cell alone does not fit into the device's memory")
+        features = self.data[0][0].shape[1]
+        self.store.save_fit(_memory_kind(cells[keys[0]], features, self.runtime.device), len(keys) // 2)
+        print(f"{len(keys)} cells at once do not fit into memory: they are trained in halves", file=sys.stderr)
         for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
             if not self.stopped:
                 yield from self.run(half, cells, until)
@@ -200,7 +230,7 @@ class StackTraining:
         trainer = StackTrainer([cells[key] for key in keys], *self.data, *self.settings)
         self._restore(trainer, keys)
         saved = time.monotonic()
-        for update in trainer.run(until):
+        for update in trainer.run(until, PAUSE_SECONDS):
             self.stopped = self.stop()
             if self.stopped or time.monotonic() - saved > self.checkpoint_seconds:
                 self.store.save_checkpoint(keys, trainer.state(), update)
@@ -245,6 +275,8 @@ class _LocalExecutor(ABC):
         `until` is one of `history_updates`. Cells of several stacks go on together from where they are. Raises Interrupted
         after checkpoints.
         """
+        for key in self.store.forget_damaged(wanted):
+            print(f"cell {key} was damaged on disk: it is trained anew", file=sys.stderr)
         reached_by = {key: place.update for key, place in self.store.progress().items()}
         missing = {key: cell for key, cell in wanted.items() if key not in self.store}
         if until is not None:  # at its very end, where a checkpoint may be left too, a cell must be in the store
@@ -262,13 +294,14 @@ class _LocalExecutor(ABC):
             yield Advance(cells_done, len(missing), updates_done, total)
         if self.signal_number is not None:
             raise Interrupted(self.signal_number)
-        self.store.release()
+        self.store.release(keep=missing)
 
     def _stacks(self, missing: dict[str, Cell], reached: Mapping[str, int], features: int) -> list[list[str]]:
         """Stacks of cells that stand at the same update, the furthest first."""
         updates = sorted({reached.get(key, 0) for key in missing}, reverse=True)
         parts = [{key: cell for key, cell in missing.items() if reached.get(key, 0) == update} for update in updates]
-        return [keys for part in parts for keys in plan_stacks(part, features, self.runtime.device, self.stack_size)]
+        device, fits = self.runtime.device, known_fits(self.store, features, self.runtime.device)
+        return [keys for part in parts for keys in plan_stacks(part, features, device, self.stack_size, fits)]
 
     def _asked_to_stop(self) -> bool:
         self.signal_number = self.signal_number or self.stop()
@@ -357,6 +390,10 @@ class Workers(_LocalExecutor):
     def _begin(self, data: Prepared) -> _Pool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
+        # A signal to the whole group is this process's to answer: the server of forks inherits that it is blocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         progress, stop = context.SimpleQueue(), context.Event()
         # As arrays, by value: tensors would travel through shared memory, of which a container may have little.
         x = [[part.numpy() for part in data.x[split]] for split in ("train", "validation")]
@@ -386,7 +423,7 @@ def _begin_work(
 ) -> None:
     """Begins a training process: it leaves signals to its parent, and ends with it."""
     global _worker
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()

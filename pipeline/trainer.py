@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -183,31 +184,34 @@ class StackTrainer:
         self.update = 0
         stack, nan = len(self.cells), float("nan")
         self.history = torch.full((stack, len(self.points), len(HISTORY)), nan, device=device)
+        self.sums = torch.zeros(stack, 3, device=device)  # of loss terms since the last history point
         self.diverged_at = torch.full((stack,), -1, device=device)
         self.best_loss = torch.full((stack,), float("inf"), device=device)
         self.best_update = torch.zeros(stack, dtype=torch.long, device=device)
         self.best = [self.model.weights.value.clone(), self.model.biases.value.clone()]
 
-    def run(self, until: int | None = None) -> Iterator[int]:
+    def run(self, until: int | None = None, pause_seconds: float = math.inf) -> Iterator[int]:
         """Trains to the end of the budget, or to the last history point that is not beyond the update `until`.
 
-        Yields the update at each history point, where `state` may be taken.
+        Yields the update at each history point, and between them after every so many seconds; there `state` may be taken.
         """
-        sums = torch.zeros(len(self.cells), 3, device=self.l2.device)
-        block = None
-        for point, stop in enumerate(self.points):
+        block, paused = None, time.monotonic()
+        for start, stop in itertools.pairwise([0, *self.points]):
             if self.update >= stop:
                 continue
             if until is not None and stop > until:
                 return
-            start = self.update
             while self.update < stop:
                 if block is None or self.update % BLOCK == 0:
+                    if time.monotonic() - paused > pause_seconds:
+                        yield self.update
+                        paused = time.monotonic()
                     block = self.batches.block(self.update // BLOCK * BLOCK)
-                sums += self._step(*block)
-            self._record(point, sums / (stop - start))
-            sums.zero_()
+                self.sums += self._step(*block)
+            self._record(self.points.index(stop), self.sums / (stop - start))
+            self.sums.zero_()
             yield self.update
+            paused = time.monotonic()
 
     def _step(self, rows: Tensor, epsilon: Tensor) -> Float[Tensor, "stack term"]:
         """One update of every cell; returns its loss terms."""
@@ -289,7 +293,7 @@ class StackTrainer:
         return total / rows
 
     def state(self) -> dict[str, Tensor]:
-        """All that changes in training, beside `update`: one row a cell, as wanted. Valid between two history points."""
+        """All that changes in training, beside `update`: one row a cell, as wanted."""
         return {name: tensor[: self.wanted] for name, tensor in self._state().items()}
 
     def _state(self) -> dict[str, Tensor]:
@@ -302,6 +306,7 @@ class StackTrainer:
             "best_loss": self.best_loss,
             "best_update": self.best_update,
             "diverged_at": self.diverged_at,
+            "sums": self.sums,
             "history": self.history,
         }
 

@@ -64,13 +64,15 @@ def test_a_checkpoint_goes_once_no_cell_needs_it(tmp_path):
     store.save_checkpoint(["a", "c"], {"w": rows}, 20)
     store.release()
     assert set(store.progress()) == {"a", "b", "c"}, "the first one holds the furthest state of b"
-    store.release(ended={"b"})
-    assert set(store.progress()) == {"a", "c"}
+    store.save_unfinished("b", {})
+    store.release()
+    assert set(store.progress()) == {"a", "b", "c"}, "and what a falls back to"
     store.save("a", {}, None)
+    store.release(keep={"a", "b"})
+    assert set(store.progress()) == {"a", "b", "c"}
     store.release()
     assert set(store.progress()) == {"a", "c"}
-    store.save("c", {}, None)
-    store.release()
+    store.release(ended={"c"})
     assert not list((tmp_path / "checkpoints").iterdir())
 
 

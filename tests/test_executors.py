@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import weakref
 
 import pandas as pd
@@ -96,19 +97,21 @@ def test_neither_the_stack_size_nor_the_executor_changes_a_bit(executor, tmp_pat
     assert results(whole, wanted) == results(parts, wanted)
 
 
-def test_interrupted_anywhere_ends_bit_identical(tmp_path, data, wanted):
+def test_interrupted_anywhere_ends_bit_identical(tmp_path, data, wanted, monkeypatch):
     whole, broken = CellStore(tmp_path / "whole"), CellStore(tmp_path / "broken")
     list(Inline(whole, RUNTIME, stack_size=2).run(wanted, data))
-    interruptions = 0
+    monkeypatch.setattr(executors, "PAUSE_SECONDS", 0.0)
+    interruptions, stood_at = 0, set()
     while True:
-        answers = iter([None] * 7 + [15] * 100)
+        stood_at |= {place.update for place in broken.progress().values()}
+        answers = iter([None] * 5 + [15] * 100)
         try:
             list(Inline(broken, RUNTIME, stack_size=2, stop=lambda answers=answers: next(answers)).run(wanted, data))
             break
         except Interrupted as error:
             interruptions += 1
             assert error.exit_code == 143
-    assert interruptions > 3
+    assert interruptions > 3 and {16, 32} & stood_at, "also between two history points"
     assert results(whole, wanted) == results(broken, wanted)
     assert not broken.progress()
 
@@ -118,7 +121,7 @@ def test_interrupted_workers_leave_stacks_that_wait_and_go_on_where_they_were(tm
         [make_cell(seed=seed, train={"updates": 4000, "history_points": 200}) for seed in range(16)], ["hash"], RUNTIME
     )
     whole, broken = CellStore(tmp_path / "whole"), CellStore(tmp_path / "broken")
-    list(Inline(whole, RUNTIME, stack_size=2).run(wanted, data))
+    list(Workers(whole, RUNTIME, stack_size=2).run(wanted, data))
     advances = []
     with pytest.raises(Interrupted) as error:
         for advance in Workers(broken, RUNTIME, stack_size=2, stop=lambda: 2 if advances else None).run(wanted, data):
@@ -176,15 +179,31 @@ def _training_processes():
     return [grandchild for child in psutil.Process().children() for grandchild in child.children()]
 
 
-def test_an_unreadable_checkpoint_only_costs_its_work(executor, tmp_path, data, wanted):
+def test_a_damaged_checkpoint_costs_the_work_since_the_one_before(tmp_path, data, wanted, monkeypatch):
+    monkeypatch.setattr(executors, "PAUSE_SECONDS", math.inf)
     store, whole = CellStore(tmp_path / "a"), CellStore(tmp_path / "b")
+    answers = iter([None] * 8 + [15] * 100)
     with pytest.raises(Interrupted):
-        list(executor(store, RUNTIME, stop=lambda: 2).run(wanted, data))
-    for path in (tmp_path / "a" / "checkpoints").glob("*.safetensors"):
-        path.write_bytes(path.read_bytes()[:100])
-    list(executor(store, RUNTIME).run(wanted, data))
-    list(executor(whole, RUNTIME).run(wanted, data))
+        list(Inline(store, RUNTIME, stop=lambda: next(answers), checkpoint_seconds=0.0).run(wanted, data))
+    ((path, update),) = {place.path: place.update for place in store.progress().values()}.items()
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert {place.update for place in store.progress().values()} == {update - 4}
+    list(Inline(store, RUNTIME).run(wanted, data))
+    list(Inline(whole, RUNTIME).run(wanted, data))
     assert results(store, wanted) == results(whole, wanted)
+
+
+def test_a_damaged_cell_is_trained_anew(tmp_path, data, wanted, capsys):
+    store, (first, second, *_) = CellStore(tmp_path), wanted
+    list(Inline(store, RUNTIME).run(wanted, data))
+    before = results(store, wanted)
+    content = store.weights_path(first).read_bytes()
+    store.weights_path(first).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (tmp_path / "cells" / second / "record.json").write_text("{")
+    assert list(Inline(store, RUNTIME).run(wanted, data))[-1].cells == 2
+    assert results(store, wanted) == before
+    assert capsys.readouterr().err.count("was damaged on disk: it is trained anew\n") == 2
 
 
 def test_survivors_of_several_stacks_go_on_as_one_and_end_bit_identical(executor, tmp_path, data, wanted):
@@ -212,7 +231,8 @@ def test_cells_that_stand_at_a_rung_already_are_not_trained_again(tmp_path, data
     )
 
 
-def test_a_cell_stopped_at_its_very_end_is_still_stored_by_the_next_run(tmp_path, data, wanted):
+def test_a_cell_stopped_at_its_very_end_is_still_stored_by_the_next_run(tmp_path, data, wanted, monkeypatch):
+    monkeypatch.setattr(executors, "PAUSE_SECONDS", math.inf)
     store, answers = CellStore(tmp_path), iter([None] * 9 + [15] * 100)
     with pytest.raises(Interrupted):
         list(Inline(store, RUNTIME, stop=lambda: next(answers)).run(wanted, data, until=40))
@@ -221,7 +241,7 @@ def test_a_cell_stopped_at_its_very_end_is_still_stored_by_the_next_run(tmp_path
     assert sorted(store) == sorted(wanted)
 
 
-def test_a_stack_that_does_not_fit_is_halved(tmp_path, data, wanted, monkeypatch):
+def test_a_stack_that_does_not_fit_is_halved(tmp_path, data, wanted, monkeypatch, capsys):
     sizes, large, step = [], [], StackTrainer._step
 
     def limited(self, *arguments):
@@ -236,6 +256,12 @@ def test_a_stack_that_does_not_fit_is_halved(tmp_path, data, wanted, monkeypatch
     store = CellStore(tmp_path)
     list(Inline(store, RUNTIME, stack_size=4).run(wanted, data))
     assert sorted(store) == sorted(wanted) and {3, 1, 2} >= set(sizes)
+    tried, store = len(large), CellStore(tmp_path)
+    for key in wanted:
+        store.remove(key)
+    list(Inline(store, RUNTIME, stack_size=4).run(wanted, data))
+    assert len(large) == tried, "the next run knows what does not fit"
+    assert "3 cells at once do not fit into memory: they are trained in halves" in capsys.readouterr().err
 
 
 def test_a_diverged_cell_is_kept_as_such_and_not_trained_again(executor, tmp_path, data, make_cell):

@@ -24,6 +24,7 @@ def run(dry_run: bool = False) -> tuple[int, int]:
             for key in superseded:
                 store.remove(key)
             store.remove_traces(used)
+            store.remove_leftovers()
             store.release(ended=store.progress().keys() - used)
     return len(superseded), size
 

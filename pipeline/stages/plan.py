@@ -13,7 +13,7 @@ from tabulate import tabulate
 from pipeline import datasets
 from pipeline.artifacts import ArtifactError, CellStore, Folders, Prepared, load_prepared
 from pipeline.config import CONFIG_FOLDER, ArmAxes, ConfigError, Study, load_settings, load_study
-from pipeline.executors import bytes_per_cell, find_runtime, plan_stacks, traits, workers
+from pipeline.executors import bytes_per_cell, find_runtime, known_fits, plan_stacks, traits, workers
 from pipeline.grid import Cell, Runtime, cells, data_points, identify, parameter_count
 from pipeline.mlp import one_thread
 from pipeline.trainer import PLAIN, StackTrainer, Traits, versions
@@ -29,7 +29,8 @@ def run(name: str) -> str:
     data = _prepared(name, study)
     features = data.features if data else _features(name, study)
     missing = _missing(wanted, data, runtime)
-    groups = plan_stacks(missing, features, runtime.device, settings.stack_size)
+    fits = known_fits(CellStore(), features, runtime.device)
+    groups = plan_stacks(missing, features, runtime.device, settings.stack_size, fits)
     costs = _cost_rows(study, wanted, missing, groups, features, runtime, data)
     rows = [*_grid_rows(study, wanted, missing), *costs]
     return f"{name}: {study.title}\n\n{tabulate(rows, tablefmt='plain')}\n\n{_defaults(study)}"

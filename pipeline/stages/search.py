@@ -233,7 +233,7 @@ class Hunt:
         for key, record in self._records(leaving, update).items():
             self.store.save_unfinished(key, record)
         self.trials.leave(batch, update, decision)
-        self.store.release(ended=leaving.keys() - batch.cells.keys())
+        self.store.release(keep=batch.cells)
 
     def _finish(self, batch: Batch) -> None:
         sound = {key: cell for key, cell in batch.cells.items() if self.is_sound(key)}

@@ -32,6 +32,7 @@ def run(name: str, show: Show, stop: Callable[[], int | None] = lambda: None) ->
         return tracking.Trained(about, pd.DataFrame(_manifest(finished, data, store)), store.history(finished))
 
     with store.lock(f"training study {name}"):
+        store.remove_leftovers()
         advances = local_executor(store, runtime, settings.stack_size, stop).run(wanted, data)
         with tracking.Background(name, trained) as background:
             show(name, _announced(advances, wanted, store, background.put))
