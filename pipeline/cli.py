@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.config import VaesweepError, load_settings
+from pipeline import databases
+from pipeline.config import VaesweepError, load_settings, load_study
 
 if TYPE_CHECKING:
     from pipeline.executors import Advance
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 EVERY_SECONDS = 15.0
 TOLD_FROM = 0.03  # share of a search after which its time left is told
-PARENT_POLL_SECONDS = 0.5
+PARENT_POLL_SECONDS = 0.2
+ORPHAN_SECONDS = 0.6  # in which a checkpoint can be taken
 
 
 class Group(click.Group):
@@ -31,11 +33,36 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except VaesweepError as error:
+        except (VaesweepError, OSError, KeyboardInterrupt) as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"vaesweep: {' '.join(str(error).split())}", err=True)
-            ctx.exit(getattr(error, "exit_code", 1))
+            click.echo(f"vaesweep: {_one_line(error)}", err=True)
+            _leave(ctx, 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1))
+
+
+def _one_line(error: BaseException) -> str:
+    """What went wrong. An OSError is the system's refusal: a folder that is read-only, a disk that is full."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or "interrupted"
+
+
+def _leave(ctx: click.Context, code: int) -> None:
+    """Ends a command: at once where a thread is still busy with a database, which Python's own way to end would abort."""
+    if any(thread.name == databases.THREAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    ctx.exit(code)
+
+
+def _known(ctx: click.Context, parameter: click.Parameter, name: str) -> str:
+    """The name of a study or a search whose file is right: mistakes are told before anything heavy is imported."""
+    from pipeline.searches import load_search
+
+    settings = load_settings()
+    (load_search if name in settings.every_search else load_study)(name)
+    return name
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,7 +85,7 @@ def code() -> None:
 
 
 @main.command()
-@click.argument("study")
+@click.argument("study", callback=_known)
 def prepare(study: str) -> None:
     """Fetch or generate a study's data, verify and split it."""
     from pipeline.stages import prepare as stage
@@ -67,7 +94,7 @@ def prepare(study: str) -> None:
 
 
 @main.command()
-@click.argument("study")
+@click.argument("study", callback=_known)
 def train(study: str) -> None:
     """Train every cell of a study that has not been trained yet."""
     from pipeline.stages import train as stage
@@ -77,7 +104,7 @@ def train(study: str) -> None:
 
 
 @main.command()
-@click.argument("study")
+@click.argument("study", callback=_known)
 def evaluate(study: str) -> None:
     """Measure a study's cells on the test set, clean and corrupted."""
     from pipeline.stages import evaluate as stage
@@ -86,7 +113,7 @@ def evaluate(study: str) -> None:
 
 
 @main.command()
-@click.argument("study")
+@click.argument("study", callback=_known)
 def prune(study: str) -> None:
     """Find out which latent dimensions a study's decoders use."""
     from pipeline.stages import prune as stage
@@ -95,7 +122,7 @@ def prune(study: str) -> None:
 
 
 @main.command()
-@click.argument("search")
+@click.argument("search", callback=_known)
 def search(search: str) -> None:
     """Search settings with Optuna, a batch of trials as stacks, halved at rungs."""
     from pipeline.stages import search as stage
@@ -113,7 +140,7 @@ def report() -> None:
 
 
 @main.command()
-@click.argument("study")
+@click.argument("study", callback=_known)
 def plan(study: str) -> None:
     """Show what a study would train, and what that would cost, before anything is spent."""
     from pipeline.stages import plan as stage
@@ -247,7 +274,7 @@ def _stoppable() -> Iterator[Callable[[], int | None]]:
 
 
 def _die_with_dvc() -> None:
-    """Ends this process once the `dvc` that started it is gone: killing `dvc repro` leaves its child running."""
+    """Ends this process within a second of the `dvc` that started it: killing `dvc repro` leaves its child running."""
     import psutil
 
     dvc = _dvc_ancestor()
@@ -260,6 +287,8 @@ def _die_with_dvc() -> None:
         while not gone():
             time.sleep(PARENT_POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 

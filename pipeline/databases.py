@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 SECONDS_TO_ANSWER = 5.0
+THREAD = "database"  # the name of threads that talk to one
 LOCAL_DISKS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "tmpfs", "xfs", "zfs"}
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -96,7 +97,7 @@ def within(seconds: float | None, call: Callable[[], Any]) -> Any:
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=THREAD, daemon=True).start()
     try:
         return outcome.result(seconds)
     except TimeoutError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import glob
 import hashlib
 import itertools
 import json
@@ -18,17 +19,17 @@ import logging
 import math
 import os
 import queue
-import shutil
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import pandas as pd
@@ -44,9 +45,11 @@ from pipeline.searches import load_search
 KEY = "run_key"
 PARENT = "parent"
 WRITING = "RUNNING"
+STATUSES = {"finished": "FINISHED", "diverged": "FAILED", "failed": "FAILED", "killed": "KILLED", "running": WRITING}
 BEST = "best"  # tag, and alias in the registry
 
 SECONDS_TO_ANSWER = databases.SECONDS_TO_ANSWER
+SECONDS_TO_END = 2.5  # for who was told to stop
 REQUEST_TIMEOUT = "10"
 CELLS_A_TURN = 256  # other writers wait some seconds
 POINTS_A_CALL = 800  # MLflow takes 1,000 metrics, params and tags in one call; beyond, it would write the tags first
@@ -78,7 +81,8 @@ class RunRecord:
     model: Callable[[], Reconstruction] | None = None
     registered: str = ""
     """Under which name the model stands in the registry, with the alias `best`; none if empty."""
-    status: Literal["finished", "diverged", "failed"] = "finished"
+    status: str = "finished"
+    """One of `STATUSES`."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,12 @@ class ParentRecord:
     artifacts: Mapping[str, Path] = field(default_factory=dict)
     all_given: bool = False
     """Whether the records beside it are all that it has; runs of earlier ones then lose the tag `best`."""
+    status: str = "finished"
 
     def as_run(self) -> RunRecord:
         """The parent as a run like any other."""
-        return RunRecord(PARENT, self.name, {}, {**self.tags, "mlflow.note.content": self.title}, artifacts=self.artifacts)
+        tags = {**self.tags, "mlflow.note.content": self.title}
+        return RunRecord(PARENT, self.name, {}, tags, artifacts=self.artifacts, status=self.status)
 
 
 class Point(NamedTuple):
@@ -108,11 +114,13 @@ class Point(NamedTuple):
 
 @dataclass
 class StoredRun:
-    """What a store says that it holds of a run; `metrics` are the latest values, `started` is in milliseconds."""
+    """What a store says that it holds of a run; `metrics` are the latest values. Times are in milliseconds."""
 
     id: str
     name: str
     started: int
+    newest: int = 0
+    """When the newest of the metrics was taken."""
     status: str = WRITING
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -164,7 +172,8 @@ class _Publisher(ABC):
         versions = _versions(record)
         record = replace(record, tags={**record.tags, KEY: record.key})
         if record.key not in runs:
-            runs[record.key] = self._create(experiment_id, record.name, {**record.tags, **versions, **_origin()})
+            written = {} if record.status == "running" else versions
+            runs[record.key] = self._create(experiment_id, record.name, {**record.tags, **written, **_origin()})
         run = runs[record.key]
         change = _difference(record, versions, run)
         if change:
@@ -190,10 +199,10 @@ class _Publisher(ABC):
 
 
 def _difference(record: RunRecord, versions: dict[str, str], run: StoredRun) -> Change:
-    held = {} if run.status == WRITING else run.tags
+    held = {} if run.status == WRITING and record.status != "running" else run.tags
     stale = {name.removeprefix("version.") for name, version in versions.items() if held.get(name) != version}
     tags = {name: value for name, value in {**record.tags, **versions}.items() if run.tags.get(name) != value}
-    status = "FINISHED" if record.status == "finished" else "FAILED"
+    status = STATUSES[record.status]
     return Change(
         params={name: _text(value) for name, value in record.params.items() if name not in run.params},
         points=[*_curve_points(record, run, "curves" in stale), *_final_points(record, run, "metrics" in stale)],
@@ -246,8 +255,11 @@ def _curve_points(record: RunRecord, run: StoredRun, wanted: bool) -> Iterator[P
 
 
 def _final_points(record: RunRecord, run: StoredRun, wanted: bool) -> Iterator[Point]:
-    """Of two points at one step, stores call the later one the latest: so a new evaluation replaces an old one."""
-    now = time.time_ns() // 1_000_000
+    """Of two points at one step, stores call the later one the latest: so a new evaluation replaces an old one.
+
+    Later than all before also where the clock has been set back.
+    """
+    now = max(time.time_ns() // 1_000_000, run.newest + 1)
     for name, value in _finite(record.metrics).items():
         if wanted and run.metrics.get(name) != value:
             yield Point(name, value, record.step, now)
@@ -258,6 +270,7 @@ def _absorb(run: StoredRun, change: Change) -> None:
     run.tags |= change.tags
     for point in sorted(change.points, key=lambda point: (point.step, point.timestamp)):
         run.metrics[point.name] = point.value
+        run.newest = max(run.newest, point.timestamp)
     run.status = change.status or run.status
 
 
@@ -342,7 +355,9 @@ class MlflowTracker(_Publisher):
                 newest = max(int(found.version) for found in versions)
                 self._client.set_registered_model_alias(change.registered, BEST, newest)
         self._log_batches(run, change)
-        if change.status:
+        if change.status == WRITING:
+            self._client.update_run(run.id, change.status)
+        elif change.status:
             self._client.set_terminated(run.id, change.status)
 
     def _log_batches(self, run: StoredRun, change: Change) -> None:
@@ -386,7 +401,8 @@ class MlflowTracker(_Publisher):
 
 def _stored(run: Any) -> StoredRun:
     info, data = run.info, run.data
-    return StoredRun(info.run_id, info.run_name, info.start_time, info.status, data.params, data.tags, data.metrics)
+    newest = max((metric.timestamp for metric in data._metric_objs), default=0)  # else a call for each metric tells the time
+    return StoredRun(info.run_id, info.run_name, info.start_time, newest, info.status, data.params, data.tags, data.metrics)
 
 
 def _save_model(path: Path, module: nn.Module, example: Tensor, **ids: str) -> None:
@@ -478,14 +494,14 @@ def _connect(uri: str) -> Any:
 
 
 def _create(database: Path) -> None:
-    """Has MLflow make a new database elsewhere: it cannot go on with one whose tables a killed process began to make."""
+    """Has MLflow make a new database beside its place: it cannot go on with one whose tables a killed process began to make."""
     if database.exists():
         return
-    with tempfile.TemporaryDirectory() as folder:
-        begun, copy = Path(folder, "mlflow.db"), Path(f"{database}.new")
-        _mlflow().MlflowClient(databases.sqlite_uri(begun))
-        shutil.copyfile(begun, copy)
-        os.replace(copy, database)
+    begun = Path(f"{database}.{uuid.uuid4().hex}.new")  # MLflow remembers what it has connected to by name
+    for leftover in database.parent.glob(f"{glob.escape(database.name)}.*.new*"):
+        leftover.unlink()
+    _mlflow().MlflowClient(databases.sqlite_uri(begun))
+    os.replace(begun, database)
 
 
 @contextlib.contextmanager
@@ -567,26 +583,28 @@ class Trained:
 
 
 class Background:
-    """Publishes cells of a study from a thread of its own while others train.
+    """Publishes cells of a study from a thread of its own while others train; meanwhile the parent run is RUNNING.
 
-    It may fail, and it ends after the run at hand: whatever it leaves, the next `publish` writes.
+    It may fail, and it ends after the run at hand: whatever it leaves, the next `publish` writes. Where training ends by an
+    exception, the parent run is KILLED.
     """
 
     def __init__(self, study: str, read: Callable[[list[str]], Trained]):
         """`read` is told the ids of finished cells; it is called in the thread."""
         self.study, self.read, self.tracker = study, read, MlflowTracker()
         self._cells: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._work, name=f"publishing {study}", daemon=True)
+        self._ended, self._killed = threading.Event(), False
+        self._thread = threading.Thread(target=self._work, name=databases.THREAD, daemon=True)
 
     def __enter__(self) -> Background:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: object, *_: object) -> None:
+        self._killed = failure is not None
         self._ended.set()
         self._cells.put("")
         if self._thread.ident:
-            self._thread.join(SECONDS_TO_ANSWER)
+            self._thread.join(SECONDS_TO_END if self._killed else SECONDS_TO_ANSWER)
 
     def put(self, cell_ids: Iterable[str]) -> None:
         """Hands over finished cells; the first call starts the thread, which begins with the parent run."""
@@ -598,12 +616,18 @@ class Background:
     def _work(self) -> None:
         cell_ids: list[str] = []
         while not self._ended.is_set():
-            try:
-                parent, records = study_records(self.study, trained=self.read(cell_ids))
-                self.tracker.publish(self.study, parent, itertools.takewhile(lambda _: not self._ended.is_set(), records))
-            except VaesweepError as error:
-                _warn(error)
+            self._publish("running", cell_ids)
             cell_ids = self._wait()
+        if self._killed:
+            self._publish("killed", [])
+
+    def _publish(self, status: str, cell_ids: list[str]) -> None:
+        try:
+            parent, records = study_records(self.study, trained=self.read(cell_ids))
+            records = itertools.takewhile(lambda _: not self._ended.is_set(), records)
+            self.tracker.publish(self.study, replace(parent, status=status), records)
+        except VaesweepError as error:
+            _warn(error)
 
     def _wait(self) -> list[str]:
         """The next cell and those that wait behind it; not all, because other writers wait for the turn to end."""

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from tiny import STUDY, drive, write
 
-from pipeline import tracking
+from pipeline import databases, tracking
 from pipeline.artifacts import ArtifactError, CellStore, Folders, read_json, read_table, read_tensors
 from pipeline.config import VaesweepError
 from pipeline.executors import Inline, Interrupted
@@ -73,7 +73,7 @@ def within_seconds(condition, seconds=20):
 
 
 def publishing():
-    return [thread for thread in threading.enumerate() if thread.name == "publishing tiny"]
+    return [thread for thread in threading.enumerate() if thread.name == databases.THREAD]
 
 
 def test_cells_are_published_while_others_train_and_never_again(tracker):
@@ -84,7 +84,9 @@ def test_cells_are_published_while_others_train_and_never_again(tracker):
         for advance in advances:
             if advance.cells_done < advance.cells:
                 trained = set(CellStore())
-                assert within_seconds(lambda trained=trained: tracker.finished() == {"parent", *trained})
+                assert within_seconds(lambda trained=trained: tracker.finished() == trained)
+                assert within_seconds(lambda: "tiny" in tracker.runs and "parent" in tracker.runs["tiny"])
+                assert tracker.runs["tiny"]["parent"].status == tracking.WRITING
                 seen.append(len(trained))
 
     train.run("tiny", watch)
@@ -92,7 +94,8 @@ def test_cells_are_published_while_others_train_and_never_again(tracker):
     assert not publishing()
     cells = read_table(Folders("tiny").train / "manifest.csv")
     assert Counter(cells["status"]) == {"finished": 4, "diverged": 4}
-    assert tracker.written == Counter(["parent", *cells["cell_id"]])
+    assert tracker.written == Counter([*2 * ["parent"], *cells["cell_id"]]), "the parent as it begins and as it ends"
+    assert tracker.finished() == {"parent", *cells["cell_id"]}
 
 
 def test_a_grown_study_publishes_its_new_cells_and_its_parent(tracker):
@@ -101,8 +104,8 @@ def test_a_grown_study_publishes_its_new_cells_and_its_parent(tracker):
     prune.run("tiny")
     before, trained = tracker.written.copy(), set(CellStore())
     write(STUDY.replace("[1]}", "[1, 4]}"))
-    train.run("tiny", lambda name, advances: drive(name, advances) or within_seconds(lambda: len(tracker.finished()) == 13))
-    assert tracker.written - before == Counter(["parent", *set(CellStore()).difference(trained)])
+    train.run("tiny", lambda name, advances: drive(name, advances) or within_seconds(lambda: len(tracker.finished()) == 12))
+    assert tracker.written - before == Counter([*2 * ["parent"], *set(CellStore()).difference(trained)])
 
 
 def test_an_interrupted_training_publishes_what_it_has_trained_and_the_next_one_the_rest(tracker):
@@ -111,15 +114,18 @@ def test_an_interrupted_training_publishes_what_it_has_trained_and_the_next_one_
     def watch(name, advances):
         for advance in advances:
             if advance.cells_done == 4:
-                asked.append(within_seconds(lambda: len(tracker.finished()) == 5))
+                asked.append(within_seconds(lambda: len(tracker.finished()) == 4))
 
     with pytest.raises(Interrupted):
         train.run("tiny", watch, lambda: 15 if asked else None)
     assert not publishing()
     assert len(tracker.finished()) == 5 and len(list(CellStore())) == 4
+    assert tracker.runs["tiny"]["parent"].status == "KILLED"
     train.run("tiny", drive)
     assert set(drive.cells) == {4}
-    assert tracker.written == Counter(["parent", *read_table(Folders("tiny").train / "manifest.csv")["cell_id"]])
+    cells = read_table(Folders("tiny").train / "manifest.csv")["cell_id"]
+    assert tracker.written == Counter([*4 * ["parent"], *cells]), "RUNNING, KILLED, RUNNING, FINISHED"
+    assert tracker.finished() == {"parent", *cells}
 
 
 def test_a_store_that_is_away_costs_one_line(tracker, monkeypatch, capsys):
@@ -131,7 +137,7 @@ def test_a_store_that_is_away_costs_one_line(tracker, monkeypatch, capsys):
 
     monkeypatch.setattr(tracker, "_session", away)
     train.run("tiny", lambda name, advances: drive(name, advances) or within_seconds(lambda: tried))
-    assert set(tried) == {"publishing tiny", "MainThread"}
+    assert set(tried) == {databases.THREAD, "MainThread"}
     assert len(read_table(Folders("tiny").train / "manifest.csv")) == 8
     assert capsys.readouterr().err == "not in MLflow yet: MLflow is on holiday; `vaesweep sync` uploads it later\n"
 
@@ -147,7 +153,8 @@ def test_a_thread_that_fails_leaves_everything_to_the_end(tracker, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", failures.append)
     train.run("tiny", drive)
     assert [failure.exc_type for failure in failures] == [AssertionError]
-    assert tracker.written == Counter(["parent", *read_table(Folders("tiny").train / "manifest.csv")["cell_id"]])
+    cells = read_table(Folders("tiny").train / "manifest.csv")["cell_id"]
+    assert tracker.written == Counter(["parent", *cells])
 
 
 def test_evaluate_measures_every_cell(workspace):

@@ -692,7 +692,7 @@ def test_an_ended_thread_finishes_its_run_and_begins_no_other(workspace):
         assert tracker.began.wait(10)
     assert not background._thread.is_alive()
     assert tracker.turns == [[], ["a"]]
-    assert {key: run.status for key, run in tracker.runs["digits"].items()} == {"parent": "FINISHED", "a": "FINISHED"}
+    assert {key: run.status for key, run in tracker.runs["digits"].items()} == {"parent": "RUNNING", "a": "FINISHED"}
     assert tracking.sync(tracker, ["digits"]).changed == {"digits": 2}
 
 
