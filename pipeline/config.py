@@ -10,13 +10,14 @@ import difflib
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 
 from pipeline.measures import MEASURES
 from pipeline.measures import find as find_measure
@@ -24,6 +25,8 @@ from pipeline.measures import find as find_measure
 CONFIG_FOLDER = Path("configs")
 PARAMS_FILE = Path("params.yaml")
 MAX_CELLS = 20_000
+MAX_BYTES = 200_000  # a second's reading
+MAX_VALUES = 50_000
 
 
 class VaesweepError(Exception):
@@ -65,6 +68,19 @@ Count = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Scalar = bool | int | float | str
+
+
+def _readable(value: str) -> str:
+    """Free text goes to terminals, MLflow and reports, so it holds no character that steers them."""
+    steering = [c for c in value if not (c.isprintable() or c in "\n\t\u200c\u200d" or unicodedata.category(c) == "Zs")]
+    if steering:
+        raise ValueError(f"must be readable text, but holds {steering[0]!r}")
+    return value
+
+
+def text(most: int) -> Any:
+    """The type of free text of at most so many characters."""
+    return Annotated[str, Field(min_length=1, max_length=most), AfterValidator(_readable)]
 
 
 def axis(item: Any) -> Any:
@@ -357,8 +373,8 @@ class Claim(Strict):
     """A statement by a source, and the test that decides it."""
 
     id: Name
-    source: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="file and section")
-    says: Annotated[str, Field(min_length=1, max_length=500)] = Field(description="the statement, in our words")
+    source: text(200) = Field(description="file and section")
+    says: text(500) = Field(description="the statement, in our words")
     control: bool | None = Field(None, description="whether a claim that checks the ledger itself is known to hold")
     test: Annotated[
         Monotone | Difference | Interaction | Equal | NoBetter | Bound | InteriorOptimum | CountIs, Field(discriminator="kind")
@@ -370,7 +386,7 @@ class Study(Strict):
 
     sections: ClassVar = ("data", "model", "grid", "train", "evaluate")
 
-    title: Annotated[str, Field(min_length=1, max_length=200)]
+    title: text(200)
     data: Data
     model: Model
     grid: Grid
@@ -423,7 +439,15 @@ class Scale(Strict):
     studies: axis(Name)
     searches: dict[Name, Name] = Field({}, description="each search, and the study whose data, network and cells it uses")
     searches_alone: tuple[Name, ...] = Field((), description="searches that have data and network in their own file")
-    reports: Annotated[str, Field(min_length=1)] = Field("reports", description="folder of the report")
+    reports: text(200) = Field("reports", description="folder of the report, below the project's")
+
+    @field_validator("reports")
+    @classmethod
+    def _within_the_project(cls, value: str) -> str:
+        path = PurePath(value)
+        if path.is_absolute() or ".." in path.parts or not path.parts:  # its figures are removed before new ones are drawn
+            raise ValueError("must be a folder below the project's")
+        return value
 
 
 class Settings(Scale):
@@ -585,16 +609,34 @@ def config_path(name: str, folder: Path = CONFIG_FOLDER) -> Path:
 def load_strict(model: type[Strict], path: Path) -> Any:
     """Reads YAML 1.2 into a model. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = YAML(typ="safe", pure=True).load(text)
-    except (OSError, UnicodeDecodeError, YAMLError, ValueError) as error:
+        content = YAML(typ="safe", pure=True).load(_text(path))
+        as_json = json.dumps(_limited(content), default=str)
+    except Exception as error:  # on malformed text ruamel raises of many kinds
         raise ConfigError(f"{path}: cannot be read: {_syntax_error(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold keys and values, but got {content!r:.80}")
     try:
-        return model.model_validate_json(json.dumps(content, default=str))
+        return model.model_validate_json(as_json)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_first_line(model, content, error)}") from None
+
+
+def _text(path: Path) -> str:
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"it has {size} bytes, at most {MAX_BYTES} are allowed")
+    return path.read_text(encoding="utf-8")
+
+
+def _limited(content: Any) -> Any:
+    """The same, unless it holds too many values: by aliases, a few lines can stand for billions, or for themselves."""
+    waiting = [content]
+    for seen in itertools.count(1):
+        if not waiting:
+            return content
+        if seen > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES} values")
+        value = waiting.pop()
+        waiting += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, (list, set)) else ()
 
 
 def _syntax_error(error: Exception) -> str:

@@ -409,23 +409,29 @@ def _drawn(pixels: UInt8[np.ndarray, "row pixel"], seed: int, split: str) -> UIn
 def idx_files(root: Path, collection: str) -> dict[str, UInt8[np.ndarray, ...]]:
     """The arrays of a torchvision dataset, from `<root>/<collection>/raw`, as they are or packed, downloaded where missing.
 
-    Every file's content is checked against its pinned SHA-256. Raises DatasetError.
+    Every file's content is checked against its pinned SHA-256; of a damaged one the packed file is fetched
+    anew, and what was unpacked stays. Raises MissingFilesError where that fails.
     """
     folder = root / collection / "raw"
-    if missing := [file for file in SHA256[collection] if not (folder / file).is_file()]:
-        _download(folder, collection, missing)
-    return {file: _array(_verified(folder, file, expected)) for file, expected in SHA256[collection].items()}
+    found = {file: _content(folder / file, expected) for file, expected in SHA256[collection].items()}
+    if lacking := [file for file, content in found.items() if content is None]:
+        _download(folder, collection, lacking)
+        found |= {file: _content(folder / file, SHA256[collection][file]) for file in lacking}
+    if wrong := [f"{file}.gz" for file, content in found.items() if content is None]:
+        raise DatasetError(
+            f"{folder}: {', '.join(wrong)}: the SHA-256 of what was downloaded is not that of the published file"
+        )
+    return {file: _array(content) for file, content in found.items()}
 
 
-def _verified(folder: Path, file: str, expected: str) -> bytes:
-    path = folder / file if (folder / file).is_file() else folder / f"{file}.gz"
-    try:
-        content = path.read_bytes() if path.name == file else gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise DatasetError(f"{path}: cannot be read: {error}") from error
-    if (found := hashlib.sha256(content).hexdigest()) != expected:
-        raise DatasetError(f"{path}: its content must have SHA-256 {expected}, but got {found}: delete it and run again")
-    return content
+def _content(unpacked: Path, expected: str) -> bytes | None:
+    """What a file holds, packed or not; None where neither is whole."""
+    for path, unpack in ((unpacked, bytes), (unpacked.with_name(f"{unpacked.name}.gz"), gzip.decompress)):
+        with contextlib.suppress(OSError, EOFError, zlib.error):
+            content = unpack(path.read_bytes())
+            if hashlib.sha256(content).hexdigest() == expected:
+                return content
+    return None
 
 
 def _array(content: bytes) -> UInt8[np.ndarray, ...]:
@@ -473,10 +479,12 @@ def _timeout(seconds: float) -> Iterator[None]:
 
 
 def _instructions(folder: Path, collection: str, packed: list[str], reason: Exception) -> str:
+    damaged = [path.name for name in packed for path in (folder / name.removesuffix(".gz"), folder / name) if path.exists()]
+    damage = f" ({', '.join(damaged)}: unreadable, or its SHA-256 is not that of the published file)" if damaged else ""
     return (
-        f"{folder} lacks {', '.join(packed)}, and the download failed ({' '.join(str(reason).split())[:120]}); put these files "
-        f"there, packed or unpacked, or name the folder that holds {collection}/raw in {DATA_ROOT_VARIABLE} or as data_root in "
-        f"params.yaml; datasets that need no download: {', '.join(without_download())}"
+        f"{folder} lacks {', '.join(packed)}{damage}, and the download failed ({' '.join(str(reason).split())[:120]}); "
+        f"put these files there, packed or unpacked, or name the folder that holds {collection}/raw in {DATA_ROOT_VARIABLE} "
+        f"or as data_root in params.yaml; datasets that need no download: {', '.join(without_download())}"
     )
 
 

@@ -34,6 +34,7 @@ from pipeline.config import (
     load_strict,
     load_study,
     nearest,
+    text,
 )
 from pipeline.measures import MEASURES
 
@@ -223,7 +224,7 @@ class Winner(Strict):
 class Search(Strict):
     """A search: data and network, a space, one objective or two, and who proposes, prunes and stores trials."""
 
-    title: Annotated[str, Field(min_length=1, max_length=200)]
+    title: text(200)
     name: Name | None = Field(None, description="begins the Optuna study's name; the file's name if not given")
     study: Name | None = Field(None, description="the study whose data and network are searched, and whose cells begin it")
     data: Data | None = Field(None, description="in place of a study's")
