@@ -82,7 +82,7 @@ TASKS = {
         {"name": "digits5k"},
         {**IMAGES, "train": {"updates": 600, "learning_rate_schedule": COSINE}, "trials": 64},
         batch=16,
-        halved={"batch": 16, "rungs": (0.125, 0.375), "halving": 3},
+        halved={"batch": 8, "rungs": (0.125, 0.375), "halving": 2},
         storage="sqlite:///optuna.db",
     ),
     "mnist": Task(
@@ -196,7 +196,8 @@ def _optunas_part() -> Iterator[_Clock]:
 
 def ways(task: Task, seed: int) -> dict[str, tuple[Callable[..., Outcome], Search]]:
     """Who searches, and what."""
-    shared = {**task.search, "title": "benchmark", "data": task.data, "seed": seed, "sampler": {"kind": "tpe", "seed": seed}}
+    seeds = {"seed": seed, "winner": {"seeds": (seed + 1,)}, "sampler": {"kind": "tpe", "seed": seed}}
+    shared = {**task.search, "title": "benchmark", "data": task.data, **seeds}
     plain, halved = (Search.model_validate({**shared, **more}) for more in ({"batch": task.batch}, task.halved))
     return {
         "one at a time": (one_at_a_time, plain),
