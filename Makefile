@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help repro test ui plan clean
+.PHONY: help repro test faults ui clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -30,6 +30,9 @@ test: $(STAMP) ## lint, import contracts and tests
 	@ruff format --check .
 	@lint-imports
 	@pytest
+
+faults: $(STAMP) ## kill, fill, cut off and flip everything that SECURITY.md promises to survive
+	@ALL_FAULTS=1 pytest tests/faults
 
 ui: $(STAMP) ## open the MLflow UI on http://127.0.0.1:5000
 	@vaesweep ui

@@ -1,0 +1,51 @@
+"""Faults that are made for real, and a table of what came of them."""
+
+import subprocess
+
+import pytest
+from project import LONG, run, write_project
+from tabulate import tabulate
+
+
+@pytest.fixture
+def figure(record_property):
+    """Notes what came of a fault, for the table at the end."""
+    return lambda text: record_property("figure", text)
+
+
+def pytest_terminal_summary(terminalreporter):
+    passed = terminalreporter.getreports("passed")
+    rows = [
+        (report.nodeid.partition("::")[2].removeprefix("test_").replace("_", " "), value)
+        for report in passed
+        for name, value in report.user_properties
+        if name == "figure" and report.when == "call"
+    ]
+    if rows:
+        terminalreporter.write_line("\n" + tabulate(sorted(rows), ["fault", "what came of it"], maxcolwidths=[70, 60]))
+
+
+@pytest.fixture
+def long_study(tmp_path):
+    """A folder with a study that trains for some seconds, its data prepared."""
+    folder = write_project(tmp_path / "long", LONG)
+    run(folder, "vaesweep", "prepare", "tiny")
+    return folder
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a small disk of its own at a folder; skips where that is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options: str) -> None:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", folder], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"NOT TESTED ON A DISK OF ITS OWN: mount: {done.stderr.strip()}")
+
+    mount("size=24m")
+    yield folder, lambda *options: mount("remount", "size=24m", *options)
+    subprocess.run(["umount", "-l", folder], check=True)

@@ -1,0 +1,384 @@
+"""Configs that are wrong or hostile: refused early, in one line that names file, key, rule and value."""
+
+import itertools
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from project import PARAMS, ran, write_project
+from ruamel.yaml import YAML
+from tiny import SEARCH, STUDY, drive
+
+from pipeline import datasets
+from pipeline import markdown as md
+from pipeline.cli import main
+from pipeline.config import ARMS, ConfigError, Study, load_settings, load_strict, load_study
+from pipeline.grid import Runtime, cells, identify
+from pipeline.stages import evaluate, prune, report, train
+
+CLAIM = """claims:
+  - {id: a, source: x, says: y, test: {kind: monotone, metric: test/mse, over: latent_dim, direction: up, where: {arm: vae}}}
+"""
+CLAIMED = STUDY + CLAIM
+
+STUDIES = [
+    ("beta: [1]", "beta: [.nan]", "grid.arms.vae.beta.0: Input should be a finite number, but got nan"),
+    ("beta: [1]", "beta: [.inf]", "grid.arms.vae.beta.0: Input should be a finite number, but got inf"),
+    ("beta: [1]", "beta: [-1]", "grid.arms.vae.beta.0: Input should be greater than or equal to 0, but got -1"),
+    ("beta: [1]", 'beta: ["1e-3"]', "grid.arms.vae.beta.0: Input should be a valid number, but got '1e-3'"),
+    ("beta: [1]", "beta: []", "grid.arms.vae.beta: Tuple should have at least 1 item"),
+    ("beta: [1]", "beta: [1, 1]", "beta: no value may stand twice, but got [1, 1]"),
+    ("beta: [1]", "beta: [1, 1.0]", "no value may stand twice"),
+    ("beta: [1]", "beta: 1", "grid.arms.vae.beta: Input should be a valid array, but got 1"),
+    ("beta: [1]", "beta: [yes]", "grid.arms.vae.beta.0: Input should be a valid number, but got 'yes'"),
+    ("beta: [1]", "beta: [true]", "grid.arms.vae.beta.0: Input should be a valid number, but got True"),
+    ("beta: [1]", "beta: [null]", "grid.arms.vae.beta.0: Input should be a valid number, but got None"),
+    ("beta: [1]", "bet: [1]", "grid.arms.vae.bet: unknown key (did you mean 'beta'?)"),
+    ("beta: [1]", "anneal: [1.5]", "grid.arms.vae.anneal.0: Input should be less than or equal to 1, but got 1.5"),
+    ("ae: {}", "ae: {beta: [1]}", "grid: arm 'ae' has no penalty, so it has no axis 'beta'"),
+    ("ae: {}", "ae: {anneal: [0.5]}", "grid: arm 'ae' has no penalty, so it has no axis 'anneal'"),
+    ("ae: {}", "autoencoder: {}", "grid.arms.autoencoder: Input should be 'vae', 'ae'"),
+    ("ae: {}", "ae: 3", "grid.arms.ae: Input should be an object, but got 3"),
+    ("latent_dim: [2, 3]", "latent_dim: [0]", "grid.latent_dim.0: Input should be greater than 0, but got 0"),
+    ("latent_dim: [2, 3]", "latent_dim: [2.5]", "grid.latent_dim.0: Input should be a valid integer"),
+    ("latent_dim: [2, 3]", "latent_dim: [2, 2]", "grid.latent_dim: no value may stand twice, but got [2, 2]"),
+    ("latent_dim: [2, 3]", "latent_dims: [2]", "grid.latent_dims: unknown key (did you mean 'latent_dim'?)"),
+    ("latent_dim: [2, 3]", "latent_dim: {2: 3}", "grid.latent_dim: Input should be a valid array"),
+    ("seed: [0, 1]", "seed: [-1]", "grid.seed.0: Input should be greater than or equal to 0, but got -1"),
+    ("seed: [0, 1]", "seed: [4294967296]", "grid.seed.0: Input should be less than 4294967296"),
+    ("seed: [0, 1]", f"seed: [{', '.join(map(str, range(6000)))}]", "has 24000 cells, at most 20000 are allowed"),
+    ("seed: [0, 1]", "seed: [0, 1]\n  l2: [-1e-5]", "grid.l2.0: Input should be greater than or equal to 0, but got -1e-05"),
+    ("seed: [0, 1]", "seed: [0, 1]\n  sigma2: [1]", "a Bernoulli likelihood has no σ², so the grid has no axis 'sigma2'"),
+    (
+        "seed: [0, 1]",
+        "seed: [0, 1]\n  train_noise: [0.5]",
+        "train.noise says what kind of noise grid.train_noise has levels of",
+    ),
+    ("seed: [0, 1]", "seed: [0, 1]\n  learning_rate: [0]", "grid.learning_rate.0: Input should be greater than 0, but got 0"),
+    ("name: digits5k", "nam: digits5k", "data.name: is required"),
+    ("name: digits5k", "name: ../../etc", "data.name: String should match pattern"),
+    ("name: digits5k", "name: 5", "data.name: Input should be a valid string, but got 5"),
+    ("limit: 300", "axes: {limit: [300, 300]}", "data: axes.limit: no value may stand twice, but got [300, 300]"),
+    ("limit: 300", "axes: {limit: []}", "data.axes.limit: Tuple should have at least 1 item"),
+    ("hidden: [16]", "hidden: [0]", "model.hidden.0: Input should be greater than 0, but got 0"),
+    ("hidden: [16]", "hidden: 16", "model.hidden: Input should be a valid array, but got 16"),
+    ("hidden: [16]", "hiden: [16]", "model.hiden: unknown key (did you mean 'hidden'?)"),
+    (
+        "likelihood: bernoulli",
+        "likelihood: gauss",
+        "model.likelihood: Input should be 'bernoulli' or 'gaussian', but got 'gauss'",
+    ),
+    ("likelihood: bernoulli", "likelihood: bernoulli, output: relu", "output and dropout act on the mean of a Gaussian"),
+    ("likelihood: bernoulli", "likelihood: gaussian, dropout: 1", "model.dropout: Input should be less than 1, but got 1"),
+    ("likelihood: bernoulli", "likelihood: bernoulli, bias: 1", "model.bias: Input should be a valid boolean, but got 1"),
+    ("updates: 30", "updates: 0", "train.updates: Input should be greater than 0, but got 0"),
+    ("updates: 30", "updates: 5", "train: updates must be at least history_points, 10, but got 5"),
+    ("updates: 30", "updates: 1e2", "train.updates: Input should be a valid integer, but got 100.0"),
+    ("batch_size: 32", "batch_size: -32", "train.batch_size: Input should be greater than 0, but got -32"),
+    ("batch_size: 32", "keep: newest", "train.keep: Input should be 'best' or 'last', but got 'newest'"),
+    ("batch_size: 32", "clip_norm: 0", "train.clip_norm: Input should be greater than 0, but got 0"),
+    ("batch_size: 32", "noise: {kind: gaussian}", "train.noise says what kind of noise grid.train_noise has levels of"),
+    ("batch_size: 32", "learning_rate_schedule: {kind: steps}", "kind 'steps', and it alone, needs `at`"),
+    ("levels: [0, 0.3]", "levels: [-0.3]", "evaluate.noise.0.levels.0: Input should be greater than or equal to 0"),
+    ("kind: gaussian, levels: [0, 0.3]", "kind: erased_block, levels: [2]", "levels of 'erased_block' are shares, at most 1"),
+    ("title: A tiny study", "title: ''", "title: String should have at least 1 character"),
+    ("title: A tiny study", f"title: {'x' * 600}", "title: String should have at most 200 characters"),
+    ("title: A tiny study", 'title: "a\\e[2Jb"', "title: must be readable text, but holds '\\x1b'"),
+    ("title: A tiny study", 'title: "a\\0b"', "title: must be readable text, but holds '\\x00'"),
+    ("title: A tiny study", 'title: "a\\u202eb"', "title: must be readable text, but holds '\\u202e'"),
+    ("title: A tiny study", "title: A tiny study\ntitel: b", "titel: unknown key (did you mean 'title'?)"),
+    (
+        "title: A tiny study",
+        "title: !!python/object/apply:os.system [ls]",
+        "cannot be read: line 2: could not determine a constructor",
+    ),
+    ("title: A tiny study", "? [a, b]\n: c", "cannot be read"),
+    ("title: A tiny study", "title: &a [*a]", "cannot be read"),
+    ("title: A tiny study", "title: " + 600 * "[" + 600 * "]", "cannot be read"),
+    (
+        "title: A tiny study",
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join(9 * ['*' + a])}]\n" for a, b in itertools.pairwise("abcdefg")),
+        "it holds more than 50000 values",
+    ),
+    ("title: A tiny study", "title: A tiny study\n# " + 300_000 * "x", "it has 300"),
+    ("id: a", "id: a/b", "claims.0.id: String should match pattern"),
+    ("id: a", "id: 'x\ny'", "claims.0.id: String should match pattern"),
+    ("id: a", f"id: {'x' * 65}", "claims.0.id: String should match pattern"),
+    ("metric: test/mse", "metric: test/msee", "claims.0 (a): there is no metric 'test/msee' (did you mean 'test/mse'?)"),
+    (
+        "over: latent_dim",
+        "over: latent",
+        "axis 'latent' must have at least 2 values for a test of kind 'monotone', but got no such",
+    ),
+    (
+        "over: latent_dim",
+        "over: beta",
+        "axis 'beta' must have at least 2 values for a test of kind 'monotone', but got only [1.0]",
+    ),
+    ("kind: monotone", "kind: rising", "claims.0.test: Input tag 'rising'"),
+    ("direction: up", "direction: upwards", "direction: Input should be 'up' or 'down', but got 'upwards'"),
+    ("where: {arm: vae}", "where: {arm: vea}", "axis 'arm' has the values ['vae', 'ae'], but got 'vea'"),
+    ("where: {arm: vae}", "where: {latent_dim: 7}", "axis 'latent_dim' has the values [2, 3], but got 7"),
+]
+SEARCHES = [
+    ("low: 0.1, high: 10", "low: 10, high: 0.1", "low"),
+    ("low: 0.1, high: 10", "low: 0, high: 10", "low"),
+    ("low: 0.1, high: 10", "low: .nan, high: 10", "space.beta"),
+    ("trials: 5", "trials: 0", "trials: Input should be greater than 0, but got 0"),
+    ("batch: 2", "batch: two", "batch: Input should be a valid integer"),
+    ("batch: 2", "batch: 2\nrungs: [0.5]", "rungs are where `halving` or `pruner` let trials leave"),
+    (
+        "direction: down}\n  - {metric: validation/kl",
+        "direction: down}\n  - {metric: test/kl",
+        "a search never sees the test set",
+    ),
+    ("metric: validation/kl", "metric: validation/kll", "there is no metric 'validation/kll' to search by"),
+    ("seeds: [1, 2]", "seeds: [0]", "winner.seeds: must be others than `seed`"),
+    ("study: tiny", "study: tinny", "there is no config 'tinny' (did you mean 'tiny'?)"),
+]
+SETTINGS = [
+    ("reports: reports", "reports: /", "reports: must be a folder below the project's, but got '/'"),
+    ("reports: reports", "reports: ../elsewhere", "reports: must be a folder below the project's, but got '../elsewhere'"),
+    ("studies: [tiny]", "studies: [../tiny]", "studies.0: String should match pattern"),
+    ("studies: [tiny]", "studies: [tiny, tiny]", "studies: no value may stand twice"),
+    ("studies: [tiny]", "studies: []", "studies: Tuple should have at least 1 item"),
+    ("device: cpu", "device: gpu", "device: Input should be 'auto', 'cpu' or 'cuda', but got 'gpu'"),
+    ("device: cpu", "device: cpu, stack_size: 0", "stack_size: Input should be greater than 0, but got 0"),
+    ("{hunt: tiny}", "{tiny: tiny}", "two studies or searches share the name 'tiny'"),
+]
+WRONG = [
+    *(("tiny", CLAIMED, ["prepare", "tiny"], *row) for row in STUDIES),
+    *(("hunt", SEARCH, ["search", "hunt"], *row) for row in SEARCHES),
+    *(("params", PARAMS, ["prepare", "tiny"], *row) for row in SETTINGS),
+]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_project(tmp_path / "work"))
+
+
+@pytest.mark.parametrize(("file", "text", "command", "right", "wrong", "message"), WRONG, ids=lambda value: str(value)[:30])
+def test_a_wrong_config_is_refused_in_one_line_before_any_data_is_touched(
+    project, monkeypatch, file, text, command, right, wrong, message
+):
+    path = Path("params.yaml" if file == "params" else f"configs/{file}.yaml")
+    assert right in text
+    path.write_text(text.replace(right, wrong, 1), encoding="utf-8")
+    monkeypatch.setattr(datasets, "build", lambda *_: pytest.fail("data were built"))
+    start = time.monotonic()
+    result = CliRunner().invoke(main, command)
+    assert time.monotonic() - start < 2
+    assert result.exit_code == 1 and len(result.output.splitlines()) == 1, result.output
+    assert result.output.startswith(f"vaesweep: {path}: ") or "configs/: there is no config" in result.output
+    assert message in result.output
+
+
+def test_there_are_sixty_wrong_configs_and_one_is_refused_within_two_seconds_of_a_real_start(tmp_path, figure):
+    folder = write_project(tmp_path / "work", STUDY.replace("beta: [1]", "beta: [-1]"))
+    ran(folder, "vaesweep", "--help")
+    start = time.monotonic()
+    done = ran(folder, "vaesweep", "train", "tiny")
+    took = time.monotonic() - start
+    assert done.returncode == 1 and "grid.arms.vae.beta.0" in done.stderr
+    assert len(WRONG) >= 60 and took < 2
+    figure(f"{len(WRONG)} configs refused in one line; a whole process took {took:.1f} s")
+
+
+HOSTILE = [
+    "../x",
+    "a\0b",
+    "x" * 600,
+    "a\nb",
+    "a|b",
+    "<script>alert(1)</script>",
+    "javascript:alert(1)",
+    ".hidden",
+    "-rf",
+    "a b",
+    "",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_is_refused_wherever_a_name_stands(project, name):
+    quoted = '"' + name.replace("\0", "\\0").replace("\n", "\\n") + '"'
+    with pytest.raises(ConfigError):
+        load_study(name)
+    for text, right, wrong in (
+        (STUDY, "name: digits5k", f"name: {quoted}"),
+        (STUDY + CLAIM, "id: a", f"id: {quoted}"),
+    ):
+        Path("configs/tiny.yaml").write_text(text.replace(right, wrong, 1))
+        with pytest.raises(ConfigError) as refused:
+            load_study("tiny")
+        assert "\n" not in str(refused.value)
+    for right in ("studies: [tiny]", "searches: {hunt: tiny}"):
+        Path("params.yaml").write_text(PARAMS.replace(right, right.replace("tiny", quoted), 1))
+        with pytest.raises(ConfigError):
+            load_settings()
+
+
+TEXTS = [
+    "<script>alert(1)</script>",
+    "[click](javascript:alert(1))",
+    "![x](javascript:alert(1))",
+    "<img src=x onerror=alert(1)>",
+    "a | b || c",
+    "`code` **bold** # head",
+    "<a href='javascript:alert(1)'>x</a>",
+    "&lt;script&gt; &#106;avascript:",
+    "$x^2$ ![](http://example.com/pixel.png)",
+    "</details><iframe src=x>",
+    "```\nfence\n```",
+    "- item\n\n# heading",
+]
+INERT = {
+    *(
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "p",
+        "em",
+        "strong",
+        "code",
+        "pre",
+        "ul",
+        "ol",
+        "li",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+    ),
+    *("a", "img", "details", "summary", "br", "hr", "blockquote"),
+}
+
+
+class Active(HTMLParser):
+    """What of a page could act: other tags than a report needs, handlers, and addresses that are not its own."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        own = ("#", "figures/", "../", "https://", "http://")
+        wrong = [
+            f"{name}={value}"
+            for name, value in attrs
+            if name.startswith("on") or (name in ("href", "src") and not value.startswith(own))
+        ]
+        self.found += wrong + [tag] * (tag not in INERT)
+
+
+def shown(text):
+    """Markdown as GitHub and editors render it."""
+    return MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+
+
+def test_free_text_is_shown_as_it_is_and_nothing_in_the_report_is_active(workspace, monkeypatch, figure):
+    hostile = [
+        CLAIM.splitlines()[1]
+        .replace("id: a", f"id: a{n}")
+        .replace("source: x", f"source: {quote(text)}")
+        .replace("says: y", f"says: {quote(text)}")
+        for n, text in enumerate(TEXTS)
+    ]
+    study = (
+        STUDY.replace("title: A tiny study", f"title: {quote(TEXTS[0] + TEXTS[1] + TEXTS[3])}")
+        + "claims:\n"
+        + "\n".join(hostile)
+        + "\n"
+    )
+    Path("configs/tiny.yaml").write_text(study, encoding="utf-8")
+    Path("params.yaml").write_text("studies: [tiny]\n")
+    train.run("tiny", drive)
+    for stage in (evaluate, prune):
+        stage.run("tiny")
+    report.run()
+    text = Path("reports/report.md").read_text(encoding="utf-8")
+    page = shown(text)
+    assert page.count("<td") > 100 and Active(page).found == []
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    figure(f"{len(TEXTS)} texts in title, sources and claims: no active content")
+
+
+def quote(text):
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+@given(st.text(max_size=80))
+def test_escaped_text_renders_as_the_text_alone(text):
+    page = shown(md.table(["x"], [[md.escape(text)]]))
+    assert set(re.findall(r"<(\w+)", page)) <= {"table", "thead", "tbody", "tr", "th", "td"}
+
+
+# Laws of configs
+
+numbers = st.floats(1e-6, 1e3, allow_nan=False).map(lambda value: float(f"{value:.6g}"))
+axes = st.lists(numbers, min_size=1, max_size=3, unique=True)
+penalised = st.fixed_dictionaries(
+    {"beta": axes}, optional={"anneal": st.lists(st.floats(0, 1), min_size=1, max_size=2, unique=True)}
+)
+arms = st.dictionaries(st.sampled_from([arm for arm in ARMS if ARMS[arm].penalty != "none"]), penalised, max_size=3)
+
+
+@st.composite
+def studies(draw):
+    grid = {
+        "latent_dim": draw(st.lists(st.integers(1, 50), min_size=1, max_size=3, unique=True)),
+        "l2": draw(axes),
+        "learning_rate": draw(axes),
+        "seed": draw(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3, unique=True)),
+        "arms": {**draw(arms), **draw(st.sampled_from([{"ae": {}}, {"vae": {}}]))},
+    }
+    hidden = draw(st.lists(st.integers(1, 40), max_size=3))
+    likelihood = draw(st.sampled_from(["bernoulli", "gaussian"]))
+    updates = draw(st.integers(10, 500))
+    return {
+        "title": draw(st.text(st.characters(categories=("L", "N", "P", "S")), min_size=1, max_size=50)),
+        "data": {"name": "digits5k"},
+        "model": {"hidden": hidden, "likelihood": likelihood},
+        "grid": grid,
+        "train": {"updates": updates, "history_points": draw(st.integers(10, updates))},
+        "evaluate": {},
+    }
+
+
+@given(studies())
+def test_a_study_survives_the_way_through_yaml(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / f"round-{time.monotonic_ns()}.yaml"
+    with path.open("w", encoding="utf-8") as file:
+        YAML(typ="safe", pure=True).dump(content, file)
+    study = load_strict(Study, path)
+    assert study == Study.model_validate_json(study.model_dump_json(exclude_unset=True))
+    assert study.title == content["title"] and list(study.grid.l2) == content["grid"]["l2"]
+    path.unlink()
+
+
+@given(studies())
+def test_a_grid_has_the_product_of_the_axes_that_each_arm_has_and_every_cell_once(content):
+    study = Study.model_validate_json(json.dumps(content))
+    found = cells(study)
+    grid = content["grid"]
+    shared = len(grid["latent_dim"]) * len(grid["l2"]) * len(grid["learning_rate"]) * len(grid["seed"])
+    own = sum(len(arm.get("beta", [1])) * len(arm.get("anneal", [0])) for arm in grid["arms"].values())
+    assert len(found) == study.size == shared * own
+    runtime = Runtime(device="cpu", torch="2.14.1")
+    keys = identify(found, ["hash"], runtime)
+    assert len(keys) == len(found), "every cell has an id of its own"
+    assert list(keys) == list(identify(cells(study), ["hash"], runtime)), "and keeps it"
+    assert not keys.keys() & identify(found, ["other"], runtime).keys()

@@ -1,0 +1,169 @@
+"""Files that are damaged, foreign or hostile: caught, and never run or silently used."""
+
+import os
+import pickle  # noqa: TID251, to make payloads
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from project import ROOT, ran, run, write_project
+from scale import ALL
+
+from pipeline import artifacts
+from pipeline.artifacts import ArtifactError, CellStore
+from pipeline.config import ConfigError, Study, load_strict
+
+AWAY = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+READERS = {
+    "a.json": (artifacts.read_json, ArtifactError),
+    "a.csv": (artifacts.read_table, ArtifactError),
+    "a.safetensors": (artifacts.read_tensors, ArtifactError),
+    "b.safetensors": (artifacts.read_about, ArtifactError),
+    "a.yaml": (lambda path: load_strict(Study, path), ConfigError),
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A store with two states of one stack, the furthest one's file, and its content."""
+    store = CellStore(tmp_path)
+    for update in (10, 20):
+        rows = {"weights": torch.rand(2, 4000), "best_update": torch.tensor([update, update])}
+        store.save_checkpoint(["a", "b"], rows, update)
+    path = store.progress()["a"].path
+    return store, path, path.read_bytes()
+
+
+def falls_back(store, path):
+    """Whether a damaged file is refused, and the state before it found."""
+    with pytest.raises(ArtifactError, match=path.name):
+        artifacts.read_tensors(path)
+    return {place.update for place in store.progress().values()} == {10}
+
+
+def test_a_checkpoint_truncated_anywhere_is_caught(checkpoint, figure):
+    store, path, content = checkpoint
+    lengths = [*range(0, len(content), 1000), len(content) - 1]
+    for length in lengths:
+        path.write_bytes(content[:length])
+        assert falls_back(store, path), length
+    figure(f"{len(lengths)} lengths, all caught; the state before it is used")
+
+
+def test_a_checkpoint_with_one_bit_flipped_is_caught(checkpoint, figure):
+    store, path, content = checkpoint
+    places = random.Random(0)
+    flips = [(places.randrange(len(content)), places.randrange(8)) for _ in range(100)]
+    for byte, bit in [*flips, (0, 0), (8, 1), (len(content) - 1, 7)]:
+        path.write_bytes(content[:byte] + bytes([content[byte] ^ 1 << bit]) + content[byte + 1 :])
+        assert falls_back(store, path), (byte, bit)
+    figure(f"{len(flips) + 3} bits, all caught; the state before it is used")
+
+
+@pytest.mark.skipif(not ALL, reason="in `make faults`")
+def test_damaged_weights_stop_what_reads_them_and_are_trained_anew(tmp_path, figure):
+    folder = write_project(tmp_path / "work")
+    run(folder, "vaesweep", "prepare", "tiny")
+    run(folder, "vaesweep", "train", "tiny", **AWAY)
+    path = sorted((folder / "runs/tiny/train/weights").iterdir())[0]
+    whole = path.read_bytes()
+    damaged = whole[:-9] + bytes([whole[-9] ^ 16]) + whole[-8:]
+    (folder / ".vaesweep/cells" / path.stem / path.name.replace(path.stem, "weights")).write_bytes(damaged)
+    path.unlink(missing_ok=True)
+    path.write_bytes(damaged)
+    failed = ran(folder, "vaesweep", "evaluate", "tiny", **AWAY)
+    assert failed.returncode == 1 and len(failed.stderr.strip().splitlines()) == 1 and path.name in failed.stderr
+    output = run(folder, "vaesweep", "train", "tiny", **AWAY)
+    assert f"cell {path.stem} was damaged on disk: it is trained anew" in output
+    assert path.read_bytes() == whole
+    run(folder, "vaesweep", "evaluate", "tiny", **AWAY)
+    figure("one line naming the file; trained anew, bit-identical")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("PWNED",)
+
+
+@pytest.mark.skipif(not ALL, reason="in `make faults`")
+def test_a_pickle_is_run_nowhere(tmp_path, figure):
+    """A payload at every path that any stage reads, one at a time."""
+    folder, payload = write_project(tmp_path / "work"), pickle.dumps(Payload())
+    stages = [["prepare", "tiny"], ["train", "tiny"], ["evaluate", "tiny"], ["prune", "tiny"], ["search", "hunt"], ["report"]]
+    for stage in stages:
+        run(folder, "vaesweep", *stage, **AWAY)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in (".png", ".md", ".db")]
+    kinds = {path.relative_to(folder).parent.as_posix() + path.suffix: path for path in files if "lock" not in path.name}
+    for path in kinds.values():
+        kept = path.read_bytes()
+        path.unlink()
+        path.write_bytes(payload)
+        code = "import os, sys; from click.testing import CliRunner; from pipeline.cli import main\n" + "".join(
+            f"r = CliRunner().invoke(main, {stage}); assert r.exception is None or isinstance(r.exception, SystemExit), r\n"
+            for stage in [*stages[1:], ["sync"], ["clean", "--dry-run"]]
+        )
+        run(folder, sys.executable, "-c", code, **AWAY)
+        assert not list(folder.rglob("PWNED")), path
+        path.unlink()
+        path.write_bytes(kept)
+    figure(f"{len(kinds)} kinds of files, run in none, a line of error or none at all")
+
+
+def test_the_linter_refuses_readers_that_can_run_code(tmp_path, figure):
+    bans = ["import pickle", "import torch\ntorch.load('x')", "import yaml\nyaml.load('x')", "import numpy\nnumpy.load('x')"]
+    bans += ["import pandas\npandas.read_pickle('x')", "import joblib\njoblib.load('x')", "import shelve"]
+    for number, text in enumerate(bans):
+        path = tmp_path / f"reads_{number}.py"
+        path.write_text(text + "\n")
+        done = subprocess.run(["ruff", "check", "--config", ROOT / "pyproject.toml", path], capture_output=True, text=True)
+        assert done.returncode == 1 and "TID251" in done.stdout, text
+    figure(f"{len(bans)} ways to read, all refused")
+
+
+@pytest.mark.parametrize("name", READERS)
+@given(content=st.binary(max_size=400) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_any_bytes_are_read_or_refused_by_our_own_error(tmp_path_factory, name, content):
+    read, error = READERS[name]
+    path = tmp_path_factory.getbasetemp() / f"{os.getpid()}-{name}"
+    path.write_bytes(content)
+    try:
+        read(path)
+    except error as refused:
+        assert "\n" not in str(refused) and name in str(refused)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.safetensors"])
+@given(st.data())
+def test_a_damaged_file_of_ours_is_read_or_refused_by_our_own_error(tmp_path_factory, name, data):
+    path = tmp_path_factory.getbasetemp() / f"{os.getpid()}-ours-{name}"
+    if path.suffix == ".json":
+        artifacts.write_json(path, {"status": "finished", "history": {"update": [1, 2]}})
+    elif path.suffix == ".csv":
+        path.write_text("cell_id,value\nab,1.5\ncd,2\n")
+    else:
+        artifacts.write_tensors(path, {"w": torch.ones(3)})
+    content = path.read_bytes()
+    byte, value = data.draw(st.integers(0, len(content) - 1)), data.draw(st.binary(max_size=4))
+    path.write_bytes(content[:byte] + value + content[byte + data.draw(st.integers(0, 4)) :])
+    changed = path.read_bytes() != content
+    try:
+        READERS[name][0](path)
+        assert not (changed and path.suffix == ".safetensors"), "a change was not noticed"
+    except ArtifactError as refused:
+        assert path.name in str(refused)
+
+
+def test_files_of_a_newer_version_are_refused_by_name(tmp_path, monkeypatch, figure):
+    monkeypatch.setattr(artifacts, "FORMAT_VERSION", artifacts.FORMAT_VERSION + 1)
+    artifacts.write_json(tmp_path / "a.json", {})
+    artifacts.write_tensors(tmp_path / "a.safetensors", {"w": torch.ones(1)})
+    monkeypatch.undo()
+    for name, read in (("a.json", artifacts.read_json), ("a.safetensors", artifacts.read_tensors)):
+        with pytest.raises(ArtifactError, match=rf"{name}: has format 2, this version reads format 1"):
+            read(Path(tmp_path) / name)
+    figure("2 kinds of files, refused by name and version")

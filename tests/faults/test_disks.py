@@ -1,0 +1,145 @@
+"""Disks that are full, read-only or slow to answer, and a clock that was set back."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from contextlib import closing
+
+import pytest
+import torch
+from project import LONG, begin, make_database, outputs, ran, run, wait_until, write_project
+from scale import ALL, times
+
+from pipeline import tracking
+from pipeline.artifacts import CellStore
+from pipeline.tracking import MlflowTracker, ParentRecord, RunRecord
+
+AWAY = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+EAGER = """
+from functools import partial
+from pipeline import cli, executors
+from pipeline.stages import train
+
+train.local_executor = partial(executors.Inline, checkpoint_seconds=0.0)
+cli.main(["train", "tiny"])
+"""
+
+
+def one_line(done):
+    """The error of a command that failed, which must be all that it says."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert lines[-1].startswith("vaesweep: ")
+    return lines[-1]
+
+
+def test_a_full_disk_costs_nothing_but_time(mounted, tmp_path, figure):
+    disk, _ = mounted
+    folder = write_project(disk / "work", LONG)
+    run(folder, "vaesweep", "prepare", "tiny")
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    process = begin(folder, sys.executable, "-c", EAGER, **AWAY)
+    wait_until(lambda: CellStore(folder / ".vaesweep").progress())
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    before = CellStore(folder / ".vaesweep").progress()
+    with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+        while True:
+            filler.write(bytes(4096))
+    error = one_line(ran(folder, sys.executable, "-c", EAGER, **AWAY))
+    assert str(folder) in error and "No space left on device" in error
+    after = CellStore(folder / ".vaesweep").progress()
+    assert all(after[key].update >= place.update for key, place in before.items())
+    (disk / "filler").unlink()
+    for place in (folder, whole):
+        run(place, sys.executable, "-c", EAGER, **AWAY)
+    assert outputs(folder) == outputs(whole)
+    assert not list((folder / ".vaesweep").rglob(".*"))
+    figure("one line naming the file; the checkpoint stays; bit-identical after")
+
+
+def test_a_read_only_folder_is_one_line_in_every_command(mounted, figure):
+    disk, remount = mounted
+    folder = write_project(disk / "work")
+    run(folder, "vaesweep", "prepare", "tiny")
+    run(folder, "vaesweep", "train", "tiny", **AWAY)
+    stages = [["train", "tiny"], ["evaluate", "tiny"], ["prune", "tiny"], ["search", "hunt"], ["report"], ["clean"], ["code"]]
+    remount("ro")
+    stages = [["prepare", "tiny"], *stages][:: times(4, 1)]
+    for stage in stages:
+        error = one_line(ran(folder, "vaesweep", *stage, **AWAY))
+        assert "Read-only file system" in error or "is missing" in error, (stage, error)
+    figure(f"{len(stages)} commands, one line each")
+
+
+def locked(path, seconds):
+    """Holds a SQLite database for itself alone, from a thread."""
+    begun = threading.Event()
+
+    def hold():
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("BEGIN EXCLUSIVE")
+            begun.set()
+            time.sleep(seconds)
+            connection.execute("ROLLBACK")
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert begun.wait(60)
+    return thread
+
+
+def test_a_locked_database_is_waited_for_and_nothing_is_lost(tmp_path, figure):
+    seconds = times(3, 60)
+    folder = write_project(tmp_path / "work")
+    run(folder, "vaesweep", "prepare", "tiny")
+    make_database(folder)
+    holder = locked(folder / "mlflow.db", seconds)
+    run(folder, "vaesweep", "train", "tiny")
+    holder.join()
+    run(folder, "vaesweep", "sync")
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        runs = database.execute("select name, status from runs").fetchall()
+    runs.remove(("x", "FINISHED"))
+    assert len(runs) == len(set(runs)) == 1 + 8 and {status for _, status in runs} == {"FINISHED"}
+    figure(f"{seconds} s locked; 8 of 8 cells once in MLflow")
+
+
+@pytest.mark.skipif(not ALL, reason="in `make faults`")
+def test_a_locked_search_is_waited_for_and_nothing_is_lost(tmp_path, figure):
+    folder = write_project(tmp_path / "work")
+    run(folder, "vaesweep", "prepare", "tiny")
+    run(folder, "vaesweep", "train", "tiny", **AWAY)
+    process = begin(folder, "vaesweep", "search", "hunt", **AWAY)
+    wait_until((folder / "optuna.db").exists)
+    time.sleep(1)
+    locked(folder / "optuna.db", 60).join()
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    trials = (folder / "runs/hunt/search/trials.csv").read_text().splitlines()
+    assert sum(",complete," in line for line in trials) == 5
+    figure("60 s locked; 5 of 5 trials")
+
+
+def test_a_clock_that_is_set_back_changes_no_order(tmp_path, monkeypatch, figure):
+    """The furthest checkpoint is used, and the newest evaluation shown, whatever the clock says."""
+    monkeypatch.chdir(tmp_path)
+    now = time.time_ns()
+    parent = ParentRecord("tiny", "Tiny")
+    for back, value in ((0, 0.5), (3600, 0.4), (7200, 0.3)):
+        monkeypatch.setattr(tracking.time, "time_ns", lambda back=back: now - back * 10**9)
+        MlflowTracker().publish("tiny", parent, [RunRecord("c", "cell", metrics={"test/mse": value}, step=30)])
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        assert database.execute("select value from latest_metrics where key = 'test/mse'").fetchall() == [(0.3,)]
+    store = CellStore(tmp_path / "store")
+    for number, update in enumerate((10, 20, 30)):
+        store.save_checkpoint(["a"], {"w": torch.full((1, 1), float(update))}, update)
+        for path in (tmp_path / "store" / "checkpoints").iterdir():
+            os.utime(path, (0, -3600 * number))
+    progress = store.progress()
+    assert progress["a"].update == 30 and store.load_rows([progress["a"]])["w"].item() == 30
+    figure("set back twice by an hour; steps decide")
