@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -390,7 +390,9 @@ class Workers(_LocalExecutor):
     def _begin(self, data: Prepared) -> _Pool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        # A signal to the whole group is this process's to answer: the server of forks inherits that it is blocked.
+        # A signal to the whole group is this process's to answer: the server of forks inherits that it is blocked. The tracker
+        # comes before, because its start unblocks it.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         forkserver.ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
