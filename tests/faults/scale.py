@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from project import LONG
 
 ALL = bool(os.environ.get("ALL_FAULTS"))
 
@@ -11,5 +12,9 @@ ALL = bool(os.environ.get("ALL_FAULTS"))
 def times(few: int, many: int) -> int:
     return many if ALL else few
 
+
+UPDATES = times(900, 3000)
+SHORTER = LONG.replace("updates: 3000, history_points: 300", f"updates: {UPDATES}, history_points: {UPDATES // 10}")
+"""A study that is long enough where its training is not met by chance."""
 
 killed_by = pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM][: times(1, 2)], ids=lambda number: number.name)

@@ -11,8 +11,8 @@ from contextlib import closing
 
 import pytest
 import torch
-from project import LONG, begin, make_database, outputs, ran, run, wait_until, write_project
-from scale import ALL, times
+from project import begin, make_database, outputs, ran, run, wait_until, write_project
+from scale import ALL, SHORTER, times
 
 from pipeline import tracking
 from pipeline.artifacts import CellStore
@@ -39,7 +39,7 @@ def one_line(done):
 
 def test_a_full_disk_costs_nothing_but_time(mounted, tmp_path, figure):
     disk, _ = mounted
-    folder = write_project(disk / "work", LONG)
+    folder = write_project(disk / "work", SHORTER)
     run(folder, "vaesweep", "prepare", "tiny")
     whole = shutil.copytree(folder, tmp_path / "whole")
     process = begin(folder, sys.executable, "-c", EAGER, **AWAY)

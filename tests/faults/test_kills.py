@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from project import LONG, begin, make_database, outputs, ran, run, wait_until, write_clone
-from scale import ALL, killed_by, times
+from scale import ALL, SHORTER, UPDATES, killed_by, times
 
 from pipeline.artifacts import CellStore
 
@@ -32,7 +32,7 @@ if __name__ == "__main__":
         for advance in executor.run(wanted, data, int(sys.argv[1])):
             print(advance.updates_done, flush=True)
 """
-UPDATES, INTERVAL = 3000, 10
+INTERVAL = 10
 RUNG = UPDATES // 2
 
 
@@ -65,6 +65,7 @@ def kill_in_training(folder, until, moments):
 def test_killed_in_training_ends_bit_identical(long_study, tmp_path, figure):
     """Weights, optimiser and history at half the budget; weights, records and tables at the end."""
     (long_study / "trains.py").write_text(TRAIN)
+    (long_study / "configs" / "tiny.yaml").write_text(SHORTER)
     whole = shutil.copytree(long_study, tmp_path / "whole")
     moments, kills, lost = random.Random(0), 0, []
     for until in (RUNG, UPDATES):
