@@ -96,20 +96,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Writes a table as CSV; floats keep the digits that tell them apart."""
-    write_bytes(path, table.to_csv(index=False, lineterminator="\n").encode())
+    """Writes a table as CSV, its last column the format version; floats keep the digits that tell them apart."""
+    write_bytes(path, table.assign(format=FORMAT_VERSION).to_csv(index=False, lineterminator="\n").encode())
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """Reads a table that `write_table` wrote; `cell_id` stays text. Raises ArtifactError."""
     try:
-        return pd.read_csv(path, dtype={"cell_id": str}, float_precision="round_trip")
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
+        table = pd.read_csv(path, dtype={"cell_id": str}, float_precision="round_trip")
     except FileNotFoundError:
         raise ArtifactError(f"{path}: is missing; run the stage that writes it, or `dvc repro`") from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: cannot be read: {error}") from error
+    versions = table.pop("format").unique().tolist() if "format" in table else [None]
+    for version in versions:
+        _check_format(path, {"format": version})
+    return table
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:

@@ -255,8 +255,8 @@ class Search(Strict):
             raise ValueError("data.axes: a search sees one dataset, so its data have no axes")
         if self.train and self.train.noise:
             raise ValueError("train.noise: a search has no levels of noise, so it names no kind")
-        if len(names := [goal.name for goal in self.objectives]) > len(set(names)):
-            raise ValueError(f"objectives: no objective may stand twice, but got {names}")
+        if len(self.goal_names) > len(set(self.goal_names)):
+            raise ValueError(f"objectives: no objective may stand twice, but got {self.goal_names}")
         if len(self.objectives) == 2 and self.winner.goal is None:
             raise ValueError("winner.goal: with two objectives it must say what chooses among the trials of the front")
         if self.seed in self.winner.seeds:
@@ -287,6 +287,11 @@ class Search(Strict):
             if ARMS[str(point.get("arm", self.space.arm.corners[0]))].penalty == "none":
                 point.pop("beta", None)
         return [point for index, point in enumerate(found) if point not in found[:index]]
+
+    @property
+    def goal_names(self) -> list[str]:
+        """How tables and Optuna call the objectives."""
+        return [goal.name for goal in self.objectives]
 
     @property
     def chooses(self) -> Goal:

@@ -141,6 +141,8 @@ class Trials:
             key = different[0]
             raise SearchError(self._other(full_name, f"{key} {known.get(key)} there, {question[key]} here"))
         if different:
+            with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+                study.set_metric_names(self.search.goal_names)  # by which Optuna's own plots and dashboards call them
             study.set_user_attr("question", question)
         return study
 
@@ -233,12 +235,12 @@ class Trials:
         row = self.cell(trial.params).row()
         settings = {name: row[name] for name in SETTINGS}
         values = trial.values if trial.state.name == "COMPLETE" else [None] * len(self.search.objectives)
-        named = dict(zip((goal.name for goal in self.search.objectives), values, strict=True))
+        named = dict(zip(self.search.goal_names, values, strict=True))
         return {"trial": None, "cell_id": trial.user_attrs["cell_id"], **settings, **named, "on_front": trial.number in front}
 
     def rungs_table(self) -> pd.DataFrame:
         """Values of the search's own trials at each rung that they reached."""
-        names = [goal.name for goal in self.search.objectives]
+        names = self.search.goal_names
         rows = [
             {"trial": _ordinal(trial), "update": update, **dict(zip(names, values, strict=True))}
             for trial in sorted(self.own(), key=_ordinal)

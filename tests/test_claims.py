@@ -98,6 +98,27 @@ def test_holm_is_the_step_down_rule(p_values):
     assert all(one >= other for one, other in zip(corrected, p_values, strict=True))
 
 
+values = st.lists(st.floats(-100, 100).map(lambda value: round(value, 3)), min_size=6, max_size=6).map(np.array)
+
+
+@given(values, values, st.floats(0.5, 20), st.permutations(range(6)))
+def test_verdicts_do_not_depend_on_units_order_or_the_way_of_asking(one, other, scale, order):
+    found = decide(difference(one, other, lower=True))
+    assert 0 <= found.p <= 1
+    opposite = decide(difference(one, other, lower=False))
+    assert opposite.p == found.p and (opposite.side != found.side or found.p == 1)
+    for same in (difference(one[order], other[order], lower=True), difference(scale * one, scale * other, lower=True)):
+        decision = decide(same)
+        assert decision.p == pytest.approx(found.p, rel=1e-6, abs=1e-12) and (decision.side == found.side or found.p > 0.99)
+
+
+@given(values, st.floats(0.1, 50))
+def test_a_wider_margin_never_makes_an_equality_less_true(change, margin):
+    narrow, wide = (decide(equal(change, np.zeros(6), margin=width)) for width in (margin, 2 * margin))
+    if narrow.side == "supported":
+        assert wide.side == "supported" and wide.p <= narrow.p
+
+
 def test_holm_leaves_out_what_is_not_known():
     assert holm([0.01, math.nan, 0.02])[::2] == [0.02, 0.02]
     assert math.isnan(holm([0.01, math.nan])[1])

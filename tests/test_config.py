@@ -1,7 +1,11 @@
-import pytest
-from ruamel.yaml import YAML
+import os
 
-from pipeline.config import CONFIG_FOLDER, ConfigError, Study, load_settings, load_study
+import pytest
+from hypothesis import given
+from ruamel.yaml import YAML
+from test_grid import studies
+
+from pipeline.config import CONFIG_FOLDER, ConfigError, Study, load_settings, load_strict, load_study
 from pipeline.searches import load_listed, load_search
 
 STUDY = """
@@ -115,7 +119,9 @@ def test_removing_a_study_that_a_search_needs_is_refused(tmp_path):
         load_settings(tmp_path / "params.yaml")
 
 
-def test_a_study_survives_the_round_trip(load):
-    study = load(STUDY)
-    assert Study.model_validate_json(study.model_dump_json(exclude_unset=True)) == study
-    assert YAML(typ="safe", pure=True).load(STUDY)["title"] == study.title
+@given(studies())
+def test_a_study_survives_the_way_through_yaml(tmp_path_factory, study):
+    path = tmp_path_factory.getbasetemp() / f"{os.getpid()}-round.yaml"
+    with path.open("w", encoding="utf-8") as file:
+        YAML(typ="safe", pure=True).dump(study.model_dump(mode="json", exclude_unset=True), file)
+    assert load_strict(Study, path) == study

@@ -31,13 +31,14 @@ def studies(draw):
     grid = {
         "latent_dim": draw(distinct(st.integers(1, 40))),
         "l2": draw(distinct(positive)),
+        "learning_rate": draw(distinct(positive, 2)),
         "seed": draw(distinct(st.integers(0, 9))),
         "train_noise": [0, draw(positive)],
     }
     return Study.model_validate_json(
         json.dumps(
             {
-                "title": "any",
+                "title": draw(st.text(st.characters(categories=("L", "N", "P", "S")), min_size=1, max_size=50)),
                 "data": {"name": "manifold", "axes": {"manifold_dim": draw(distinct(st.integers(1, 8)))}},
                 "model": {"hidden": [4], "likelihood": "gaussian"},
                 "grid": {**grid, "sigma2": [1, "learned"], "arms": arms},
@@ -53,9 +54,19 @@ def test_the_grids_size_is_the_product_of_the_axes_that_each_arm_has(study):
     found = cells(study)
     assert len(found) == study.size
     per_arm = len(study.data.axes["manifold_dim"]) * len(study.grid.latent_dim) * len(study.grid.l2) * 2 * len(study.grid.seed)
-    per_arm *= len(study.grid.train_noise)
+    per_arm *= len(study.grid.train_noise) * len(study.grid.learning_rate)
     own = sum(len(arm.beta) * len(arm.anneal) if ARMS[name].penalty != "none" else 1 for name, arm in study.grid.arms.items())
     assert len(found) == per_arm * own
+
+
+@given(studies())
+def test_every_cell_has_an_id_of_its_own_and_keeps_it(study):
+    hashes = [str(number) for number in range(len(study.data.axes["manifold_dim"]))]
+    keys = list(identify(cells(study), hashes, RUNTIME))
+    assert len(set(keys)) == study.size
+    again = Study.model_validate_json(study.model_dump_json(exclude_unset=True))
+    assert keys == list(identify(cells(again), hashes, RUNTIME))
+    assert not set(keys) & identify(cells(study), [f"other {text}" for text in hashes], RUNTIME).keys()
 
 
 @given(studies(), st.integers(1, 20))

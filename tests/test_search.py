@@ -10,7 +10,9 @@ import os
 import random
 import re
 import shutil
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +231,9 @@ def test_two_searchers_share_a_search_and_both_end_with_all_of_it(workspace, beg
     assert sorted(trials["trial"].dropna()) == list(range(24))
     assert set(trials["state"]) == {"grid", "complete", "pruned"}
     assert len(read_table(Folders("hunt").search / "winner.csv")) == 4
+    with closing(sqlite3.connect(workspace / "optuna.db")) as database:
+        rows = database.execute("select value_json from trial_user_attributes where key = 'searcher'").fetchall()
+    assert len(set(rows)) == 2
 
 
 def test_a_search_killed_at_ten_moments_ends_with_the_trials_of_one_that_was_not(workspace, begin):

@@ -217,14 +217,14 @@ class Hunt:
         sound = {key: batch.cells[key] for key, record in records.items() if record["status"] != "diverged"}
         known = self._judged(batch, update)
         fresh = self._objectives(self._values({key: cell for key, cell in sound.items() if key not in known}))
-        names = [goal.name for goal in self.search.objectives]
         for key, values in fresh.items():
-            self.store.save_rung(key, update, {**self.store.rung(key, update), **dict(zip(names, values, strict=True))})
+            named = dict(zip(self.search.goal_names, values, strict=True))
+            self.store.save_rung(key, update, {**self.store.rung(key, update), **named})
         return self.trials.decide(batch, update, known | fresh, records.keys() - sound.keys())
 
     def _judged(self, batch: Batch, update: int) -> Values:
         """Objectives of those cells of a batch that were measured at this rung before, by this search or another one."""
-        names = [goal.name for goal in self.search.objectives]
+        names = self.search.goal_names
         found = {key: self.store.rung(key, update) for key in batch.cells}
         return {key: [row[name] for name in names] for key, row in found.items() if all(name in row for name in names)}
 
@@ -309,7 +309,7 @@ def _about(hunt: Hunt, trials: pd.DataFrame) -> dict[str, Any]:
         "title": search.title,
         "study": search.study or "",
         "settings": list(SETTINGS),
-        "objectives": [goal.name for goal in search.objectives],
+        "objectives": search.goal_names,
         "optuna_study": hunt.trials.study.study_name,
         "sampler": search.sampler.kind,
         "trials": search.trials,

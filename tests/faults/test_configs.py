@@ -1,7 +1,5 @@
 """Configs that are wrong or hostile: refused early, in one line that names file, key, rule and value."""
 
-import itertools
-import json
 import re
 import time
 from html.parser import HTMLParser
@@ -13,14 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from project import PARAMS, ran, write_project
-from ruamel.yaml import YAML
 from tiny import SEARCH, STUDY, drive
 
 from pipeline import datasets
 from pipeline import markdown as md
 from pipeline.cli import main
-from pipeline.config import ARMS, ConfigError, Study, load_settings, load_strict, load_study
-from pipeline.grid import Runtime, cells, identify
+from pipeline.config import ConfigError, load_settings, load_study
 from pipeline.stages import evaluate, prune, report, train
 
 CLAIM = """claims:
@@ -324,61 +320,3 @@ def quote(text):
 def test_escaped_text_renders_as_the_text_alone(text):
     page = shown(md.table(["x"], [[md.escape(text)]]))
     assert set(re.findall(r"<(\w+)", page)) <= {"table", "thead", "tbody", "tr", "th", "td"}
-
-
-# Laws of configs
-
-numbers = st.floats(1e-6, 1e3, allow_nan=False).map(lambda value: float(f"{value:.6g}"))
-axes = st.lists(numbers, min_size=1, max_size=3, unique=True)
-penalised = st.fixed_dictionaries(
-    {"beta": axes}, optional={"anneal": st.lists(st.floats(0, 1), min_size=1, max_size=2, unique=True)}
-)
-arms = st.dictionaries(st.sampled_from([arm for arm in ARMS if ARMS[arm].penalty != "none"]), penalised, max_size=3)
-
-
-@st.composite
-def studies(draw):
-    grid = {
-        "latent_dim": draw(st.lists(st.integers(1, 50), min_size=1, max_size=3, unique=True)),
-        "l2": draw(axes),
-        "learning_rate": draw(axes),
-        "seed": draw(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3, unique=True)),
-        "arms": {**draw(arms), **draw(st.sampled_from([{"ae": {}}, {"vae": {}}]))},
-    }
-    hidden = draw(st.lists(st.integers(1, 40), max_size=3))
-    likelihood = draw(st.sampled_from(["bernoulli", "gaussian"]))
-    updates = draw(st.integers(10, 500))
-    return {
-        "title": draw(st.text(st.characters(categories=("L", "N", "P", "S")), min_size=1, max_size=50)),
-        "data": {"name": "digits5k"},
-        "model": {"hidden": hidden, "likelihood": likelihood},
-        "grid": grid,
-        "train": {"updates": updates, "history_points": draw(st.integers(10, updates))},
-        "evaluate": {},
-    }
-
-
-@given(studies())
-def test_a_study_survives_the_way_through_yaml(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / f"round-{time.monotonic_ns()}.yaml"
-    with path.open("w", encoding="utf-8") as file:
-        YAML(typ="safe", pure=True).dump(content, file)
-    study = load_strict(Study, path)
-    assert study == Study.model_validate_json(study.model_dump_json(exclude_unset=True))
-    assert study.title == content["title"] and list(study.grid.l2) == content["grid"]["l2"]
-    path.unlink()
-
-
-@given(studies())
-def test_a_grid_has_the_product_of_the_axes_that_each_arm_has_and_every_cell_once(content):
-    study = Study.model_validate_json(json.dumps(content))
-    found = cells(study)
-    grid = content["grid"]
-    shared = len(grid["latent_dim"]) * len(grid["l2"]) * len(grid["learning_rate"]) * len(grid["seed"])
-    own = sum(len(arm.get("beta", [1])) * len(arm.get("anneal", [0])) for arm in grid["arms"].values())
-    assert len(found) == study.size == shared * own
-    runtime = Runtime(device="cpu", torch="2.14.1")
-    keys = identify(found, ["hash"], runtime)
-    assert len(keys) == len(found), "every cell has an id of its own"
-    assert list(keys) == list(identify(cells(study), ["hash"], runtime)), "and keeps it"
-    assert not keys.keys() & identify(found, ["other"], runtime).keys()

@@ -5,8 +5,8 @@ import pickle  # noqa: TID251, to make payloads
 import random
 import subprocess
 import sys
-from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -144,7 +144,7 @@ def test_a_damaged_file_of_ours_is_read_or_refused_by_our_own_error(tmp_path_fac
     if path.suffix == ".json":
         artifacts.write_json(path, {"status": "finished", "history": {"update": [1, 2]}})
     elif path.suffix == ".csv":
-        path.write_text("cell_id,value\nab,1.5\ncd,2\n")
+        artifacts.write_table(path, pd.DataFrame({"cell_id": ["ab", "cd"], "value": [1.5, 2.0]}))
     else:
         artifacts.write_tensors(path, {"w": torch.ones(3)})
     content = path.read_bytes()
@@ -161,9 +161,11 @@ def test_a_damaged_file_of_ours_is_read_or_refused_by_our_own_error(tmp_path_fac
 def test_files_of_a_newer_version_are_refused_by_name(tmp_path, monkeypatch, figure):
     monkeypatch.setattr(artifacts, "FORMAT_VERSION", artifacts.FORMAT_VERSION + 1)
     artifacts.write_json(tmp_path / "a.json", {})
+    artifacts.write_table(tmp_path / "a.csv", pd.DataFrame({"cell_id": ["a"]}))
     artifacts.write_tensors(tmp_path / "a.safetensors", {"w": torch.ones(1)})
     monkeypatch.undo()
-    for name, read in (("a.json", artifacts.read_json), ("a.safetensors", artifacts.read_tensors)):
+    kinds = ("a.json", "a.csv", "a.safetensors")
+    for name in kinds:
         with pytest.raises(ArtifactError, match=rf"{name}: has format 2, this version reads format 1"):
-            read(Path(tmp_path) / name)
-    figure("2 kinds of files, refused by name and version")
+            READERS[name][0](tmp_path / name)
+    figure(f"{len(kinds)} kinds of files, refused by name and version")

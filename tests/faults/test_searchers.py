@@ -119,19 +119,25 @@ def test_several_processes_share_the_work_and_pass_no_target(url):
         assert len(shares) == SEARCHERS, shares
 
 
-def test_a_killed_processs_batch_is_run_anew_once(url):
+def test_of_three_processes_one_is_killed_and_its_batch_run_anew_once(url, figure):
     context = multiprocessing.get_context("spawn")
-    asked = context.Event()
-    process = context.Process(target=asking, args=(url, "killed", asked))
-    process.start()
+    asked, barrier = context.Event(), context.Barrier(SEARCHERS - 1, timeout=60)
+    killed = context.Process(target=asking, args=(url, "killed", asked))
+    killed.start()
     assert asked.wait(60)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
     with open_storage(url) as storage:
-        search = a_search(**SEARCH, name="killed")
-        trials = trials_of(search, storage)
-        left = {str(trial.params) for trial in trials.own("RUNNING")}
-        trials = search_through(search, storage)
-        assert trials.standing().ended == TARGET and trials.standing().running == 0
-        assert len(left) == 4 and left <= {str(trial.params) for trial in trials.own("COMPLETE", "PRUNED")}
+        left = [trial.params for trial in trials_of(a_search(**SEARCH, name="killed"), storage).own("RUNNING")]
+    others = [context.Process(target=searching, args=(url, "killed", barrier)) for _ in range(SEARCHERS - 1)]
+    for process in others:
+        process.start()
+    killed.kill()
+    for process in (killed, *others):
+        process.join(120)
+    assert [process.exitcode for process in (killed, *others)] == [-signal.SIGKILL, 0, 0]
+    with open_storage(url) as storage:
+        trials = trials_of(a_search(**SEARCH, name="killed"), storage)
+        standing, ended = trials.standing(), [trial.params for trial in trials.own("COMPLETE", "PRUNED")]
+        assert standing.ended == TARGET and standing.running == 0
+        assert len(left) == 4 and all(params in ended for params in left)
         assert sum(trial.user_attrs.get("void") == "stale" for trial in storage.get_all_trials(trials.study._study_id)) == 4
+    figure(f"{len(left)} of {len(left)} left trials run anew, {standing.ended} of {TARGET} ended")
