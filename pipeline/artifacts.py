@@ -43,6 +43,14 @@ class ArtifactError(VaesweepError):
     """A file that cannot be read or written, or that a newer version wrote."""
 
 
+class MissingError(ArtifactError):
+    """A file that is not there."""
+
+
+class DamagedError(ArtifactError):
+    """A file that is not as it was written."""
+
+
 class HeldError(ArtifactError):
     """Another process holds what is asked for."""
 
@@ -64,7 +72,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp", delete=False) as file:
             temporary = file.name
             file.write(content)
             file.flush()
@@ -77,22 +85,42 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise ArtifactError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def _reading(path: Path, *damaged: type[Exception]) -> Iterator[None]:
+    """What goes wrong in reading a file as ArtifactErrors; `damaged` are the errors that its content causes."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise MissingError(f"{path}: is missing; run the stage that writes it, or `dvc repro`") from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except damaged as error:
+        raise DamagedError(f"{path}: cannot be read: {error}") from error
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object under a format version."""
-    text = json.dumps({"format": FORMAT_VERSION, **content}, indent=2, sort_keys=True, allow_nan=False)
+    """Writes a JSON object under a format version, with the SHA-256 of its content."""
+    content = json.loads(json.dumps({"format": FORMAT_VERSION, **content}, allow_nan=False))  # as it will be read
+    text = json.dumps({"sha256": _digest(content), **content}, indent=2, sort_keys=True)
     write_bytes(path, (text + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object that `write_json` wrote. Raises ArtifactError."""
-    try:
+    """Reads a JSON object that `write_json` wrote. Raises ArtifactError, also where a value has changed since."""
+    with _reading(path, ValueError, RecursionError):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: is missing; run the stage that writes it, or `dvc repro`") from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {error}") from error
     _check_format(path, content)
+    if content.pop("sha256", None) != _digest(content):
+        raise _changed(path)
     return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _changed(path: Path) -> DamagedError:
+    return DamagedError(f"{path}: is damaged: its SHA-256 is not the one that was written; {RENEW}")
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -102,12 +130,8 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Reads a table that `write_table` wrote; `cell_id` stays text. Raises ArtifactError."""
-    try:
+    with _reading(path, ValueError):
         table = pd.read_csv(path, dtype={"cell_id": str}, float_precision="round_trip")
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: is missing; run the stage that writes it, or `dvc repro`") from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {error}") from error
     versions = table.pop("format").unique().tolist() if "format" in table else [None]
     for version in versions:
         _check_format(path, {"format": version})
@@ -134,33 +158,29 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
-def read_rows(path: Path, rows: slice, device: str = "cpu", names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-    """Rows of the tensors that `write_tensors` wrote, or of those `names` among them. Raises ArtifactError."""
-    with _opened(path, device) as file:
-        return {name: file.get_slice(name)[rows] for name in names or file.keys()}
-
-
 def read_about(path: Path) -> dict[str, Any]:
     """The words in the header of a file that `write_tensors` wrote. Raises ArtifactError."""
     with _opened(path) as file:
-        return json.loads(file.metadata()[WORDS])
+        return _words(file)
 
 
 @contextlib.contextmanager
 def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
-    try:
+    with _reading(path, ValueError, SafetensorError):
         check_intact(path)
         with safe_open(path, "pt", device=device) as file:
-            _check_format(path, json.loads((file.metadata() or {}).get(WORDS, "{}")))
+            _check_format(path, _words(file))
             yield file
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: is missing; run the stage that writes it, or `dvc repro`") from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {error}") from error
+
+
+def _words(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {}).get(WORDS, "{}"))
 
 
 def _check_format(path: Path, content: Any) -> None:
     found = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(found, int):
+        raise DamagedError(f"{path}: says no format: it is damaged, or not ours; {RENEW}")
     if found != FORMAT_VERSION:
         raise ArtifactError(f"{path}: has format {found!r}, this version reads format {FORMAT_VERSION}")
 
@@ -178,12 +198,12 @@ def check_intact(path: Path) -> None:
         header = file.read(8 + min(length, MAX_HEADER))
         written = re.search(rb"sha256\W{1,9}([0-9a-f]{64})\W", header)
         if not written:
-            raise ArtifactError(f"{path}: holds no SHA-256: it is damaged, or of an older version; {RENEW}")
+            raise DamagedError(f"{path}: holds no SHA-256: it is damaged, or of an older version; {RENEW}")
         digest = hashlib.sha256(header[: written.start(1)] + BLANK.encode() + header[written.end(1) :])
         while part := file.read(1 << 20):
             digest.update(part)
     if digest.hexdigest() != written[1].decode():
-        raise ArtifactError(f"{path}: is damaged: its SHA-256 is not the one that was written; {RENEW}")
+        raise _changed(path)
     _intact[path] = stamp
 
 
@@ -224,18 +244,23 @@ class Folders:
 class Progress(NamedTuple):
     """How far a cell's training has come, and the checkpoint and its row that hold the cell's state."""
 
+    cell_id: str
     update: int
     path: Path
     row: int
 
 
 def _rows(path: Path) -> dict[str, Progress]:
-    """What a checkpoint holds; nothing where it is damaged, of another version, or gone."""
-    with contextlib.suppress(ArtifactError):
+    """What a checkpoint holds; nothing where it is damaged, of an older version, or gone. Raises ArtifactError."""
+    try:
         about = read_about(path)
-        if about.get("checkpoint") == CHECKPOINT_VERSION:
-            return {key: Progress(about["update"], path, row) for row, key in enumerate(about["cell_ids"])}
-    return {}
+    except (DamagedError, MissingError):
+        return {}
+    if (version := about.get("checkpoint", 0)) > CHECKPOINT_VERSION:
+        raise ArtifactError(f"{path}: is of a newer version: go on with that one, or remove the file to train anew")
+    if version < CHECKPOINT_VERSION:
+        return {}
+    return {key: Progress(key, about["update"], path, row) for row, key in enumerate(about["cell_ids"])}
 
 
 class CellStore:
@@ -317,7 +342,10 @@ class CellStore:
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["cell_id", "update"])
 
     def forget_damaged(self, cell_ids: Iterable[str]) -> list[str]:
-        """Removes those finished cells that are no longer as they were written, so that they are trained anew; their ids."""
+        """Removes those finished cells that are no longer as they were written, so that they are trained anew; their ids.
+
+        Raises ArtifactError where one cannot be read for another reason: a cell that is only out of reach is kept.
+        """
         damaged = [cell_id for cell_id in cell_ids if cell_id in self and not self._is_whole(cell_id)]
         for cell_id in damaged:
             self.remove(cell_id)
@@ -327,7 +355,7 @@ class CellStore:
         try:
             if self.record(cell_id).get("status") == "finished":
                 read_about(self.weights_path(cell_id))
-        except ArtifactError:
+        except (DamagedError, MissingError):
             return False
         return True
 
@@ -364,8 +392,15 @@ class CellStore:
         self, places: Sequence[Progress], device: str = "cpu", names: Sequence[str] | None = None
     ) -> dict[str, torch.Tensor]:
         """The state of a stack, or the `names` of it, whose rows may lie in several checkpoints. Raises ArtifactError."""
-        rows = [read_rows(place.path, slice(place.row, place.row + 1), device, names) for place in places]
+        rows = [self._row(place, device, names) for place in places]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def _row(self, place: Progress, device: str, names: Sequence[str] | None) -> dict[str, torch.Tensor]:
+        with _opened(place.path, device) as file:
+            about = _words(file)
+            if (about["update"], about["cell_ids"][place.row : place.row + 1]) != (place.update, [place.cell_id]):
+                raise ArtifactError(f"{place.path}: another process has written it anew meanwhile; start again")
+            return {name: file.get_slice(name)[place.row : place.row + 1] for name in names or file.keys()}
 
     def release(self, keep: Container[str] = (), ended: Container[str] = ()) -> None:
         """Removes the checkpoints that no cell needs: one in training needs the two furthest.
@@ -388,21 +423,20 @@ class CellStore:
 
         Raises HeldError, naming the holder, while another process has it, unless it may `wait`.
         """
-        path = self.root / file
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            opened = path.open("a+")
-        except OSError as error:
-            raise ArtifactError(f"{path}: cannot be written: {error.strerror or error}") from error
-        with opened:
+        path, others = self.root / file, " and perhaps others" if shared else ""
+        with contextlib.ExitStack() as held:
             try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                opened = held.enter_context(path.open("a+b", buffering=0))
                 fcntl.flock(opened, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+                opened.truncate(0)
+                opened.write(f"process {os.getpid()} ({purpose}){others}".encode())
             except BlockingIOError:
                 opened.seek(0)
-                raise HeldError(f"{path}: is held by {opened.read().strip() or 'another process'}; wait for it") from None
-            opened.truncate(0)
-            opened.write(f"process {os.getpid()} ({purpose})")
-            opened.flush()
+                holder = opened.read().decode(errors="replace").strip() or "another process"
+                raise HeldError(f"{path}: is held by {holder}; wait for it") from None
+            except OSError as error:
+                raise ArtifactError(f"{path}: cannot be written: {error.strerror or error}") from error
             yield
             if not shared:
                 opened.truncate(0)

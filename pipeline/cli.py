@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 EVERY_SECONDS = 15.0
 TOLD_FROM = 0.03  # share of a search after which its time left is told
 PARENT_POLL_SECONDS = 0.2
-ORPHAN_SECONDS = 0.6  # in which a checkpoint can be taken
+SECONDS_TO_END = 4.5  # after a signal
+ORPHAN_SECONDS = 0.6  # in which a checkpoint may be taken
 
 
 class Group(click.Group):
@@ -33,15 +34,26 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (VaesweepError, OSError, KeyboardInterrupt) as error:
-            if ctx.params.get("debug"):
+        except (VaesweepError, OSError, RuntimeError, KeyboardInterrupt) as error:
+            if ctx.params.get("debug") or not _is_users(error):
                 raise
             click.echo(f"vaesweep: {_one_line(error)}", err=True)
             _leave(ctx, 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1))
 
 
+def _is_users(error: BaseException) -> bool:
+    """Whether a user can have caused it: of errors in running, only that memory ran out."""
+    if not isinstance(error, RuntimeError):
+        return True
+    from pipeline.executors import out_of_memory
+
+    return out_of_memory(error)
+
+
 def _one_line(error: BaseException) -> str:
     """What went wrong. An OSError is the system's refusal: a folder that is read-only, a disk that is full."""
+    if isinstance(error, RuntimeError) and not isinstance(error, VaesweepError):
+        return f"memory ran out: {str(error).splitlines()[0]}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or "interrupted"
@@ -253,7 +265,7 @@ def _in_words(name: str, step: Step, left: float | None) -> str:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[Callable[[], int | None]]:
-    """While training: SIGINT and SIGTERM ask for a checkpoint and an end; a second one ends at once."""
+    """While training: SIGINT and SIGTERM ask for a checkpoint and an end; a second one ends at once, as does its delay."""
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
@@ -262,6 +274,11 @@ def _stoppable() -> Iterator[Callable[[], int | None]]:
         asked.append(number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    obeyed = threading.Event()
+    threading.Thread(target=_end_in_time, args=(numbers, obeyed), daemon=True).start()
     try:
         yield lambda: asked[0] if asked else None
         if asked:  # after the last checkpoint could be taken; whoever asked must still be obeyed
@@ -271,6 +288,18 @@ def _stoppable() -> Iterator[Callable[[], int | None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(wakeup)
+        obeyed.set()
+
+
+def _end_in_time(numbers: int, obeyed: threading.Event) -> None:
+    """Ends the process where a signal is not obeyed: Python's own handlers wait while C does, as for a locked database."""
+    number = os.read(numbers, 1)
+    os.close(numbers)
+    if number and not obeyed.wait(SECONDS_TO_END):
+        click.echo("vaesweep: interrupted; the next run goes on from the last checkpoint", err=True)
+        os._exit(128 + number[0])
 
 
 def _die_with_dvc() -> None:
@@ -281,7 +310,10 @@ def _die_with_dvc() -> None:
 
     def gone() -> bool:
         # A process that nobody waits for stays a zombie, which psutil calls running.
-        return dvc is None or not dvc.is_running() or dvc.status() == psutil.STATUS_ZOMBIE
+        try:
+            return dvc is None or not dvc.is_running() or dvc.status() == psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return True
 
     def watch() -> None:
         while not gone():

@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from pipeline.measures import MEASURES
 from pipeline.measures import find as find_measure
@@ -64,7 +65,7 @@ ArmName = Literal["vae", "ae", "ae_code_l2", "ae_as_published", "kl_only"]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Scalar = bool | int | float | str
@@ -454,7 +455,7 @@ class Settings(Scale):
     """`params.yaml`: what runs, and where."""
 
     scales: dict[Name, Scale] = Field({}, description="named choices of what runs; claims of those that do not are 'not run'")
-    data_root: str | None = Field(None, description="folder with downloaded datasets; VAESWEEP_DATA_ROOT overrides it")
+    data_root: text(1000) | None = Field(None, description="folder with downloaded datasets; VAESWEEP_DATA_ROOT overrides it")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bf16"] = Field("float32", description="of the products of wide layers in training")
     stack_size: Count | None = Field(None, description="cells that train together; chosen automatically if null")
@@ -483,9 +484,9 @@ def load_study(name: str, folder: Path = CONFIG_FOLDER) -> Study:
     """Reads and checks `configs/<name>.yaml`, its claims too. Raises ConfigError."""
     path = config_path(name, folder)
     study = load_strict(Study, path)
+    about = {str(side["study"]) for claim in study.claims for side in claim.test.sides if "study" in side}
+    studies = {name: study, **{other: load_strict(Study, config_path(other, folder)) for other in sorted(about - {name})}}
     for index, claim in enumerate(study.claims):
-        others = {str(side["study"]) for side in claim.test.sides if "study" in side} - {name}
-        studies = {name: study, **{other: load_strict(Study, config_path(other, folder)) for other in others}}
         try:
             _check_test(claim.test, name, studies)
         except ValueError as error:
@@ -609,8 +610,11 @@ def config_path(name: str, folder: Path = CONFIG_FOLDER) -> Path:
 def load_strict(model: type[Strict], path: Path) -> Any:
     """Reads YAML 1.2 into a model. Raises ConfigError."""
     try:
-        content = YAML(typ="safe", pure=True).load(_text(path))
-        as_json = json.dumps(_limited(content), default=str)
+        yaml = YAML(typ="safe", pure=True)
+        root = yaml.compose(_text(path))
+        _check_size(root)
+        content = yaml.constructor.construct_document(root) if root else None
+        as_json = json.dumps(content, default=str)
     except Exception as error:  # on malformed text ruamel raises of many kinds
         raise ConfigError(f"{path}: cannot be read: {_syntax_error(error)}") from error
     if not isinstance(content, dict):
@@ -627,16 +631,19 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _limited(content: Any) -> Any:
-    """The same, unless it holds too many values: by aliases, a few lines can stand for billions, or for themselves."""
-    waiting = [content]
+def _check_size(root: Node | None) -> None:
+    """By aliases and merged keys, a few lines can stand for billions of values, or for themselves. Raises ValueError."""
+    waiting = [root]
     for seen in itertools.count(1):
         if not waiting:
-            return content
+            return
         if seen > MAX_VALUES:
             raise ValueError(f"it holds more than {MAX_VALUES} values")
-        value = waiting.pop()
-        waiting += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, (list, set)) else ()
+        node = waiting.pop()
+        if isinstance(node, MappingNode):
+            waiting += itertools.chain(*node.value)
+        elif isinstance(node, SequenceNode):
+            waiting += node.value
 
 
 def _syntax_error(error: Exception) -> str:

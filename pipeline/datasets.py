@@ -156,7 +156,7 @@ def without_download() -> list[str]:
 
 def data_root(setting: str | None, base: Path) -> Path:
     """The folder of downloaded datasets: VAESWEEP_DATA_ROOT, else `setting`, else `data/raw`; `base` anchors relative ones."""
-    return base / Path(os.environ.get(DATA_ROOT_VARIABLE) or setting or "data/raw").expanduser()
+    return base / os.path.expanduser(os.environ.get(DATA_ROOT_VARIABLE) or setting or "data/raw")
 
 
 def _options(data: Data, point: dict[str, Any]) -> Strict:

@@ -118,7 +118,7 @@ def wrapped(count: int, x: str, y: str | None = None, *, height: float, across: 
 
 
 def title(figure: Figure, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left")
+    figure.suptitle(text, x=0.01, ha="left", parse_math=False)
 
 
 def label_edges(axes: np.ndarray, x: str, y: str | None = None) -> None:

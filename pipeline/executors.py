@@ -40,6 +40,7 @@ STACK_OVERHEAD, CELL_OVERHEAD = 120_000, 6_000
 WORTH_A_SPLIT = 0.97  # of the time before
 POLL_SECONDS = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that ask training to stop
+SECONDS_TO_END = 3.0  # for training processes whose pool is broken
 PAUSE_SECONDS = 0.5  # after which a stack in training hears that it must stop
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
@@ -185,7 +186,7 @@ def _memory_kind(cell: Cell, features: int, device: str) -> str:
     return hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:16]
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
     """torch raises OutOfMemoryError on a GPU only; on the CPU its allocator says so in words."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
@@ -213,7 +214,7 @@ class StackTraining:
             yield from self._whole(keys, cells, until)
             return
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         # Outside the handler, whose traceback would keep the large stack's tensors alive.
         torch.cuda.empty_cache()
@@ -275,6 +276,7 @@ class _LocalExecutor(ABC):
         `until` is one of `history_updates`. Cells of several stacks go on together from where they are. Raises Interrupted
         after checkpoints.
         """
+        self.store.release(keep=wanted)  # what killed processes have left
         for key in self.store.forget_damaged(wanted):
             print(f"cell {key} was damaged on disk: it is trained anew", file=sys.stderr)
         reached_by = {key: place.update for key, place in self.store.progress().items()}
@@ -380,6 +382,8 @@ class Workers(_LocalExecutor):
             if not pool.stop.is_set():
                 self._pool = pool
         except BrokenProcessPool as error:
+            pool.stop.set()
+            _end_training_processes()
             message = "a training process was killed, perhaps for want of memory; the next run goes on from its checkpoint"
             raise VaesweepError(message) from error
         finally:
@@ -401,6 +405,14 @@ class Workers(_LocalExecutor):
         x = [[part.numpy() for part in data.x[split]] for split in ("train", "validation")]
         job = (self.store.root, *x, traits(data), self.runtime, self.checkpoint_seconds, progress, stop)
         return _Pool(data, ProcessPoolExecutor(workers("cpu"), context, _begin_work, job), progress, stop)
+
+
+def _end_training_processes() -> None:
+    """Ends those that outlive their pool, once a checkpoint could be taken: one may wait for a lock that a killed one held."""
+    end = time.monotonic() + SECONDS_TO_END
+    for process in multiprocessing.active_children():
+        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
 
 
 class _Worker(NamedTuple):

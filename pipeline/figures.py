@@ -463,7 +463,7 @@ def _label_claims(ax: Axes, claims: pd.DataFrame) -> None:
         side.tick_params(axis="y", length=0)
     heading = {"fontweight": "bold", "fontsize": 8.5, "va": "center", "backgroundcolor": "white"}
     for source, place in claims.groupby("source", sort=False)["place"].min().items():
-        ax.text(-1.05, place - 1, textwrap.shorten(str(source), 70), **heading)
+        ax.text(-1.05, place - 1, textwrap.shorten(str(source), 70), parse_math=False, **heading)
 
 
 def _draw_claim(ax: Axes, claim: Any) -> None:

@@ -1,21 +1,15 @@
-"""Markdown from values: tables, pictures, escaped text, and settings in words."""
+"""Markdown from values: tables, pictures, and settings in words."""
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pipeline.drawing import number
+from pipeline.escaping import escape
 from pipeline.figures import AXIS_WORDS
-
-
-def escape(text: Any) -> str:
-    """Free text that markdown shows as it is, on one line."""
-    plain = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", plain)
 
 
 def join(*parts: str) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STORAGE_VARIABLE = "OPTUNA_STORAGE"
 FIRST_STARTS = 10  # tries to open a storage whose tables others may be making
-BUSY_SECONDS = 60.0  # that SQLite waits for another process
+BUSY_SECONDS = 120.0  # that SQLite waits for another process
 BEAT_SECONDS = 5.0
 TURN = "turn"  # the file that is locked by whoever draws
 SILENT_SECONDS = 60.0  # of a searcher on another machine, after which its trials are taken over

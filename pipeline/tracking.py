@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from pipeline import databases
 from pipeline.artifacts import ArtifactError, Folders, main_checkout, read_json, read_table, read_tensors, sha256
 from pipeline.config import CONFIG_FOLDER, Model, Scalar, VaesweepError, chooses, claims_about, load_study
+from pipeline.escaping import escape
 from pipeline.model import Autoencoder
 from pipeline.searches import load_search
 
@@ -99,7 +100,7 @@ class ParentRecord:
 
     def as_run(self) -> RunRecord:
         """The parent as a run like any other."""
-        tags = {**self.tags, "mlflow.note.content": self.title}
+        tags = {**self.tags, "mlflow.note.content": escape(self.title)}  # which the UI shows as markdown
         return RunRecord(PARENT, self.name, {}, tags, artifacts=self.artifacts, status=self.status)
 
 
@@ -328,8 +329,14 @@ class MlflowTracker(_Publisher):
             return self._client.create_experiment(experiment, _artifact_location(self.uri, experiment), kind), {}
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
-        runs = map(_stored, self._search(found.experiment_id))
-        return found.experiment_id, {run.tags[KEY]: run for run in runs if KEY in run.tags}
+        ours: dict[str, StoredRun] = {}
+        for run in sorted(map(_stored, self._search(found.experiment_id)), key=lambda run: run.status == WRITING):
+            key = run.tags.get(KEY)
+            if key in ours:  # one call to create it was obeyed twice
+                self._client.delete_run(run.id)
+            elif key:
+                ours[key] = run
+        return found.experiment_id, ours
 
     def _search(self, experiment_id: str) -> Iterator[Any]:
         token = None
@@ -468,7 +475,7 @@ def _mlflow() -> Any:
         "GIT_PYTHON_REFRESH": "quiet",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": REQUEST_TIMEOUT,
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a call that timed out may have been obeyed: sent again, it makes two runs
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from downloads import mirrors, raw, served  # noqa: F401, fixtures
 from hypothesis import settings
 from tiny import SEARCH, drive, write
 

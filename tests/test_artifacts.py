@@ -76,14 +76,48 @@ def test_a_checkpoint_goes_once_no_cell_needs_it(tmp_path):
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_checkpoint_of_another_version_is_not_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_checkpoint_of_an_older_version_is_not_read_and_a_newer_one_is_refused_and_kept(tmp_path, monkeypatch, version):
     store = CellStore(tmp_path)
-    monkeypatch.setattr(artifacts, "CHECKPOINT_VERSION", 99)
+    monkeypatch.setattr(artifacts, "CHECKPOINT_VERSION", version)
     store.save_checkpoint(["a"], {"w": torch.ones(1, 1)}, 10)
     monkeypatch.undo()
-    assert store.progress() == {}
-    store.release()
-    assert not list((tmp_path / "checkpoints").iterdir())
+    if version == 99:
+        for call in (store.progress, store.release):
+            with pytest.raises(ArtifactError, match="is of a newer version"):
+                call()
+        assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    else:
+        assert store.progress() == {}
+        store.release()
+        assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_that_was_written_anew_meanwhile_is_not_taken_for_the_one_before(tmp_path):
+    store = CellStore(tmp_path)
+    for update in (10, 20):
+        store.save_checkpoint(["a"], {"w": torch.full((1, 1), float(update))}, update)
+    place = store.progress()["a"]
+    for update in (30, 40):
+        store.save_checkpoint(["a"], {"w": torch.full((1, 1), float(update))}, update)
+    with pytest.raises(ArtifactError, match="another process has written it anew"):
+        store.load_rows([place])
+
+
+def test_only_a_damaged_cell_is_forgotten_and_not_one_that_cannot_be_read_here(tmp_path, monkeypatch):
+    store, keys = CellStore(tmp_path), ["whole", "flipped", "no weights", "newer"]
+    for key in keys:
+        if key == "newer":
+            monkeypatch.setattr(artifacts, "FORMAT_VERSION", 99)
+        store.save(key, {"status": "finished"}, {"w": torch.ones(2)})
+    monkeypatch.undo()
+    record = tmp_path / "cells" / "flipped" / "record.json"
+    record.write_text(record.read_text().replace("finished", "fynished"))
+    store.weights_path("no weights").unlink()
+    assert store.forget_damaged(keys[:3]) == ["flipped", "no weights"]
+    with pytest.raises(ArtifactError, match="has format 99"):
+        store.forget_damaged(keys)
+    assert list(store) == ["newer", "whole"]
 
 
 def _hold(root, ready, release):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import threading
 import typing
 from collections import Counter
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from downloads import CLOSED_PORT
 
 from pipeline import datasets
 from pipeline.artifacts import ArtifactError, load_prepared, save_prepared
@@ -22,7 +20,6 @@ from pipeline.datasets import Dataset, MissingFilesError
 from pipeline.stages import prepare
 
 NOWHERE = Path("no/such/folder")
-CLOSED_PORT = "http://127.0.0.1:9/"
 
 
 def build(name: str, root: Path = NOWHERE, **options) -> Dataset:
@@ -31,51 +28,6 @@ def build(name: str, root: Path = NOWHERE, **options) -> Dataset:
 
 def rows(x: torch.Tensor) -> list[bytes]:
     return [row.tobytes() for row in x.numpy()]
-
-
-def idx(array: np.ndarray) -> bytes:
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(length.to_bytes(4, "big") for length in array.shape)
-    return header + array.astype(np.uint8).tobytes()
-
-
-def idx_files(per_class: int, seed: int = 0) -> dict[str, bytes]:
-    """Small files in the layout of MNIST: twice as many training images as test images, every image distinct."""
-    generator, files = np.random.default_rng(seed), {}
-    for part, count in (("train", 2 * per_class), ("t10k", per_class)):
-        files[f"{part}-images-idx3-ubyte"] = idx(generator.integers(0, 256, (10 * count, 28, 28)))
-        files[f"{part}-labels-idx1-ubyte"] = idx(np.repeat(np.arange(10), count))
-    return files
-
-
-@pytest.fixture
-def raw(tmp_path, monkeypatch) -> Path:
-    """A data root with small MNIST and Fashion-MNIST files whose contents are pinned, and no way to download others."""
-    pins, root = {}, tmp_path / "raw data"
-    for number, collection in enumerate(("MNIST", "FashionMNIST")):
-        folder = root / collection / "raw"
-        folder.mkdir(parents=True)
-        files = idx_files(per_class=12, seed=number)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        pins[collection] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(datasets, "SHA256", pins)
-    return root
-
-
-@pytest.fixture
-def mirrors(monkeypatch) -> typing.Callable[[str], None]:
-    """Sets where torchvision downloads from, and which packed files it expects there."""
-    from torchvision.datasets import MNIST, FashionMNIST
-
-    def use(address: str, packed: dict[str, bytes] | None = None) -> None:
-        monkeypatch.setenv("no_proxy", "*")
-        for source in (MNIST, FashionMNIST):
-            monkeypatch.setattr(source, "mirrors", [address])
-            if packed is not None:
-                checksums = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
-                monkeypatch.setattr(source, "resources", checksums)
-
-    return use
 
 
 # ---------------------------------------- options
@@ -284,38 +236,6 @@ def test_packed_files_are_as_good(raw):
         assert torch.equal(build("mnist", raw).x["train"], wanted.x["train"])
 
 
-DAMAGES = {
-    "truncated": lambda content: content[:-1],
-    "a bit flipped": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
-    "wrong count": lambda content: content[:7] + bytes([content[7] ^ 1]) + content[8:],
-    "wrong dimensions": lambda content: content[:11] + bytes([content[11] ^ 4]) + content[12:],
-    "wrong magic": lambda content: b"\1" + content[1:],
-    "empty": lambda content: b"",
-}
-
-
-@pytest.mark.parametrize("file", ["train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_file_is_refused_by_name_and_fetched_anew_where_there_is_a_network(
-    raw, served, mirrors, damage, packed, file
-):
-    wanted, path = build("mnist", raw), raw / "MNIST/raw" / file
-    content = damage(path.read_bytes())
-    if packed:
-        path.unlink()
-        path, content = path.with_name(f"{file}.gz"), gzip.compress(content)
-    path.write_bytes(content)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torchvision.datasets.MNIST.mirrors", [CLOSED_PORT])
-        with pytest.raises(
-            MissingFilesError, match=rf"^dataset 'mnist': .* lacks {file}.gz \({path.name}: unreadable, or its SHA"
-        ):
-            build("mnist", raw)
-    build("fashion_mnist", raw)
-    assert torch.equal(build("mnist", raw).x["train"], wanted.x["train"])
-
-
 def test_without_network_and_files_one_error_says_what_to_put_where(raw, mirrors):
     mirrors(CLOSED_PORT)
     (raw / "FashionMNIST/raw/t10k-labels-idx1-ubyte").unlink()
@@ -325,27 +245,6 @@ def test_without_network_and_files_one_error_says_what_to_put_where(raw, mirrors
     assert message.startswith(f"dataset 'fashion_boots': {raw}/FashionMNIST/raw lacks t10k-labels-idx1-ubyte.gz, and")
     assert "VAESWEEP_DATA_ROOT" in message and "t10k-images" not in message and "\n" not in message
     assert message.endswith("datasets that need no download: digits5k, manifold, uniform2d")
-
-
-@pytest.fixture
-def served(raw, tmp_path, mirrors):
-    """The small MNIST files, packed, on a web server of this machine."""
-    folder, packed = tmp_path / "mirror", {}
-    folder.mkdir()
-    for path in (raw / "MNIST/raw").iterdir():
-        packed[f"{path.name}.gz"] = gzip.compress(path.read_bytes())
-        (folder / f"{path.name}.gz").write_bytes(packed[f"{path.name}.gz"])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    mirrors(f"http://127.0.0.1:{server.server_port}/", packed)
-    yield packed
-    server.shutdown()
-    server.server_close()
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_args) -> None:
-        pass
 
 
 def test_an_interrupted_download_goes_on_and_then_needs_no_network(raw, served, mirrors, tmp_path):

@@ -174,6 +174,16 @@ def test_a_killed_worker_is_one_line_and_its_cells_are_trained_again(tmp_path, d
             _training_processes()[0].kill()
 
 
+def test_a_killed_worker_that_waited_for_work_does_not_hold_up_the_end(tmp_path, data, make_cell):
+    budgets = [{"updates": updates} for updates in (40, 6000) for _ in range(2)]
+    wanted = identify([make_cell(seed=seed, train=train) for seed, train in enumerate(budgets)], ["hash"], RUNTIME)
+    with pytest.raises(VaesweepError, match="a training process was killed"):
+        for advance in Workers(CellStore(tmp_path), RUNTIME, stack_size=2).run(wanted, data):
+            if advance.updates_done > 5000:
+                min(_training_processes(), key=lambda process: sum(process.cpu_times()[:2])).kill()
+    assert not _training_processes()
+
+
 def _training_processes():
     """The children of the fork server, which is a child of this process."""
     return [grandchild for child in psutil.Process().children() for grandchild in child.children()]

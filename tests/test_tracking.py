@@ -376,8 +376,9 @@ def test_the_model_loads_without_this_package_and_knows_its_shapes(database, bes
     tracker.publish("study", PARENT, [replace(best, model=lambda: (module, torch.zeros(2, 3)))])
     place = tracker._client.get_experiment_by_name("study").experiment_id
     (model,) = tracker._client.search_logged_models([place])
-    torch.testing.assert_close(mlflow.pytorch.load_model(model.model_uri)(x), module(x))
-    np.testing.assert_allclose(mlflow.pyfunc.load_model(model.model_uri).predict(x.numpy()), module(x).detach(), rtol=1e-5)
+    as_torch, as_function = (kind.load_model(model.model_uri) for kind in (mlflow.pytorch, mlflow.pyfunc))
+    torch.testing.assert_close(as_torch(x), module(x))
+    np.testing.assert_allclose(as_function.predict(x.numpy()), module(x).detach(), rtol=1e-5)
     signature = mlflow.models.get_model_info(model.model_uri).signature
     assert [spec.shape for spec in (*signature.inputs, *signature.outputs)] == [(-1, 3), (-1, 3)]
     assert model.status == "READY"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import shutil
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -56,7 +55,6 @@ def run() -> None:
     searches = [results.load_search(name, search, folder) for name, search in load_listed(settings).items()]
     known = {name: config.load_study(name) for name in settings.known_studies}
     entries = claims.ledger(known, {of_study.name: of_study.measured for of_study in studies if len(of_study.metrics)})
-    shutil.rmtree(folder / "figures", ignore_errors=True)  # or a removed study's pictures would stay
     gallery = Gallery(folder, "all")
     parts = [
         _head(studies, searches, ledger.section(entries, _ledger_figure(entries, gallery)) if entries else ""),
@@ -65,7 +63,11 @@ def run() -> None:
         ledger.identities_section(gallery),
         *(_problems(studies), _training(studies, gallery), _tracking(studies[0].name), _versions(studies)),
     ]
-    artifacts.write_bytes(folder / "report.md", (md.join(*parts) + "\n").encode())
+    text = md.join(*parts) + "\n"
+    artifacts.write_bytes(folder / "report.md", text.encode())
+    for picture in (folder / "figures").glob("*.png"):
+        if f"figures/{picture.name})" not in text:  # it was a removed study's
+            picture.unlink()
 
 
 def _of(entries: Sequence[claims.Entry], study: str) -> list[claims.Entry]:

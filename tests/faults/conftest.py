@@ -1,6 +1,7 @@
 """Faults that are made for real, and a table of what came of them."""
 
 import subprocess
+from collections import defaultdict
 
 import pytest
 from project import LONG, run, write_project
@@ -14,13 +15,15 @@ def figure(record_property):
 
 
 def pytest_terminal_summary(terminalreporter):
-    passed = terminalreporter.getreports("passed")
-    rows = [
-        (report.nodeid.partition("::")[2].removeprefix("test_").replace("_", " "), value)
-        for report in passed
-        for name, value in report.user_properties
-        if name == "figure" and report.when == "call"
-    ]
+    found = defaultdict(list)
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "figure" and report.when == "call":
+                test, _, case = report.nodeid.partition("::")[2].removeprefix("test_").partition("[")
+                found[test.replace("_", " "), value].append(case.removesuffix("]"))
+    rows = []
+    for (test, value), (case, *others) in found.items():
+        rows.append((test, f"{value} ({1 + len(others)} cases)") if others else (f"{test} {case}", value))
     if rows:
         terminalreporter.write_line("\n" + tabulate(sorted(rows), ["fault", "what came of it"], maxcolwidths=[70, 60]))
 

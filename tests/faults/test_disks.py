@@ -47,6 +47,7 @@ def test_a_full_disk_costs_nothing_but_time(mounted, tmp_path, figure):
     process.send_signal(signal.SIGTERM)
     process.communicate()
     before = CellStore(folder / ".vaesweep").progress()
+    (folder / ".vaesweep" / "lock").write_bytes(b"")
     with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
         while True:
             filler.write(bytes(4096))

@@ -11,7 +11,7 @@ from urllib.request import urlopen
 
 import pytest
 from project import LONG, begin, run, wait_until, write_project
-from scale import ALL, killed_by, times
+from scale import ALL, times
 
 from pipeline.tracking import MlflowTracker, ParentRecord, RunRecord, _mlflow
 
@@ -44,35 +44,50 @@ def stop(process, number):
     process.communicate()
 
 
+def runs_on(uri):
+    client = _mlflow().MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tiny")
+    return client.search_runs([experiment.experiment_id]) if experiment else []
+
+
 def cells_on(uri):
     """How often each cell stands on a server."""
-    client = _mlflow().MlflowClient(uri)
-    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    runs = runs_on(uri)
     return Counter(run.data.tags["run_key"] for run in runs), {run.info.status for run in runs}
 
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
-@killed_by
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP], ids=lambda number: number.name)
 def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(tmp_path, number, figure, monkeypatch):
+    """Killed or ended, and started again before training ends; or stopped, so that it takes calls and never answers."""
     monkeypatch.setenv("NO_PROXY", "*")
-    folder, port = write_project(tmp_path / "work", LONG), free_port()
+    folder, port = write_project(tmp_path / "work", LONG.replace("updates: 3000", "updates: 20000")), free_port()
     uri = f"http://127.0.0.1:{port}"
     run(folder, "vaesweep", "prepare", "tiny")
     (tmp_path / "server").mkdir()
     served = server(tmp_path / "server", port)
     training = begin(folder, "vaesweep", "train", "tiny", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
-    wait_until(lambda: list((folder / ".vaesweep" / "cells").glob("*/record.json")) or training.poll() is not None)
-    stop(served, number)
+    wait_until(lambda: runs_on(uri) or training.poll() is not None)
+    os.killpg(served.pid, number)
+    if number != signal.SIGSTOP:
+        served.communicate()
+        served = server(tmp_path / "server", port)
+    in_mid_run = training.poll() is None
+    wait_until((folder / "runs/tiny/train/about.json").exists)
+    trained = time.monotonic()
     _, errors = training.communicate()
-    assert training.returncode == 0, errors
+    ended_after = time.monotonic() - trained
+    assert training.returncode == 0 and in_mid_run and ended_after < 30, errors
     assert len(list((folder / "runs/tiny/train/weights").iterdir())) == 8
-    served = server(tmp_path / "server", port)
+    if number == signal.SIGSTOP:
+        assert "not in MLflow yet" in errors
+        os.killpg(served.pid, signal.SIGCONT)
     for _ in range(2):
         run(folder, "vaesweep", "sync", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
     counted, statuses = cells_on(uri)
     stop(served, signal.SIGTERM)
     assert len(counted) == 1 + 8 and set(counted.values()) == {1} and statuses == {"FINISHED"}
-    figure(f"{number.name}: training went on; 8 of 8 cells once on the server after `sync`")
+    figure(f"training went on, and ended {ended_after:.0f} s after its last file; 8 of 8 cells once on the server after `sync`")
 
 
 def test_a_server_that_is_away_is_decided_within_seconds_and_training_goes_on(tmp_path, figure):
