@@ -66,7 +66,7 @@ NETWORKS = {
 
 def training_data(name: str) -> Tensor:
     """Training rows of a dataset that needs no download, as float32; bytes scaled to [0, 1]."""
-    x = build(Data(name=name), Path("data"))[0].x["train"]
+    x = torch.tensor(build(Data(name=name), Path("data"))[0].x["train"])
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 

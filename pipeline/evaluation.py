@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline import latents, metrics
 from pipeline.artifacts import Prepared, TrainedStack
 from pipeline.config import ConfigError, Evaluate
-from pipeline.datasets import corrupt
+from pipeline.corruption import corrupt
 from pipeline.measures import RADIUS
 from pipeline.objective import LOG_2PI, Objective, kl_per_latent
 from pipeline.randomness import Stream, normals

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.config import Schedule, Train, TrainNoise
-from pipeline.datasets import corrupt
+from pipeline.corruption import corrupt
 from pipeline.grid import Cell
 from pipeline.model import StackedAutoencoder
 from pipeline.objective import Objective, Terms

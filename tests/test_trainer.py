@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.config import Data, Schedule, TrainNoise
-from pipeline.datasets import build, corrupt
+from pipeline.corruption import corrupt
+from pipeline.datasets import build
 from pipeline.executors import _multiplies_bf16
 from pipeline.model import StackedAutoencoder
 from pipeline.objective import gaussian_nll, kl_per_latent
@@ -370,7 +371,7 @@ NO_BF16 = pytest.mark.skipif(not _multiplies_bf16("cpu"), reason="needs a CPU wi
 def test_bf16_products_leave_the_final_metrics_unmoved(make_cell, tmp_path, device):
     """Paired over seeds: the 95% interval of each metric's change lies within a stated share of the metric."""
     data = build(Data(name="digits5k"), tmp_path)[0]
-    x, validation = (data.x[split].float() / 255 for split in ("train", "validation"))
+    x, validation = (torch.tensor(data.x[split]).float() / 255 for split in ("train", "validation"))
     model, budget = {"hidden": (64, 32)}, {"updates": 150, "batch_size": 64}
     cells = [make_cell(latent_dim=4, seed=seed, model=model, train=budget) for seed in range(8)]
     measured = {}
