@@ -1,6 +1,6 @@
 """A study and its parts: YAML in, frozen and strict models out, and one clear line for every mistake.
 
-This module knows no torch. What a dataset's options may be is known by `datasets.py`, which checks them too before a command begins.
+This module knows no torch. What a dataset's options may be is known by `datasets.py`, which checks them before any command.
 """
 
 from __future__ import annotations

@@ -448,7 +448,7 @@ def test_a_side_that_diverged_on_every_seed_still_gives_a_report(here: Path, lef
 def test_empty_files_still_give_a_report(here: Path):
     workspace(here, tiny=TINY)
     for path in [*Path("runs/tiny").rglob("*.csv")]:
-        path.write_bytes(b"\n")
+        artifacts.write_table(path, pd.DataFrame())
     report.run()
     assert "| `tiny` | missing | plain AE | 0, 1, 2 | – |" in _text()
 

@@ -67,9 +67,9 @@ def run(name: str, show: Show, stop: Stop = lambda: None) -> None:
         hunt.check()
         with hunt.trials.searcher:
             show(name, hunt.steps())
-        with results_lock(store, name, wait=True):
+        with results_lock(store, name, wait=True):  # also while they are read for MLflow
             _write(hunt)
-    tracking.publish(searches=[name])
+            tracking.publish(searches=[name])
 
 
 def results_lock(store: CellStore, name: str, wait: bool) -> contextlib.AbstractContextManager[None]:

@@ -61,7 +61,7 @@ def cells_on(uri):
 def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(tmp_path, number, figure, monkeypatch):
     """Killed or ended, and started again before training ends; or stopped, so that it takes calls and never answers."""
     monkeypatch.setenv("NO_PROXY", "*")
-    folder, port = write_project(tmp_path / "work", LONG.replace("updates: 3000", "updates: 20000")), free_port()
+    folder, port = write_project(tmp_path / "work", LONG.replace("updates: 3000", "updates: 6000")), free_port()
     uri = f"http://127.0.0.1:{port}"
     run(folder, "vaesweep", "prepare", "tiny")
     (tmp_path / "server").mkdir()
@@ -73,7 +73,7 @@ def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(tmp_path, n
         served.communicate()
         served = server(tmp_path / "server", port)
     in_mid_run = training.poll() is None
-    wait_until((folder / "runs/tiny/train/about.json").exists)
+    wait_until((folder / "runs/tiny/train/about.json").exists, 300)
     trained = time.monotonic()
     _, errors = training.communicate()
     ended_after = time.monotonic() - trained
