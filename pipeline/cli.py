@@ -194,6 +194,7 @@ def ui(host: str, port: int) -> None:
     """Open the MLflow UI on the runs of this project."""
     from pipeline import tracking
 
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # for pages that no study has, and a way in
     os.execvp(sys.executable, tracking.ui_command(host, port))
 
 

@@ -26,7 +26,7 @@ def server(folder, port):
     """A real MLflow server on this machine, once it answers."""
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     stores = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "artifacts")]
-    process = begin(folder, *command, *stores, MLFLOW_DISABLE_TELEMETRY="true")
+    process = begin(folder, *command, *stores, MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
 
     def answers():
         assert process.poll() is None, process.communicate()
