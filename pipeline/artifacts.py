@@ -98,10 +98,11 @@ def _reading(path: Path, *damaged: type[Exception]) -> Iterator[None]:
         raise DamagedError(f"{path}: cannot be read: {error}") from error
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object under a format version, with the SHA-256 of its content."""
+def write_json(path: Path, content: Mapping[str, Any], sealed: bool = True) -> None:
+    """Writes a JSON object under a format version; `sealed`, with the SHA-256 of its content, which `read_json` asks for."""
     content = json.loads(json.dumps({"format": FORMAT_VERSION, **content}, allow_nan=False))  # as it will be read
-    text = json.dumps({"sha256": _digest(content), **content}, indent=2, sort_keys=True)
+    seal = {"sha256": _digest(content)} if sealed else {}
+    text = json.dumps({**seal, **content}, indent=2, sort_keys=True)
     write_bytes(path, (text + "\n").encode())
 
 
@@ -110,13 +111,19 @@ def read_json(path: Path) -> dict[str, Any]:
     with _reading(path, ValueError, RecursionError):
         content = json.loads(path.read_text(encoding="utf-8"))
     _check_format(path, content)
-    if content.pop("sha256", None) != _digest(content):
+    if (seal := content.pop("sha256", None)) is None:
+        raise _unsealed(path)
+    if seal != _digest(content):
         raise _changed(path)
     return content
 
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _unsealed(path: Path) -> DamagedError:
+    return DamagedError(f"{path}: holds no SHA-256: it is damaged, or of an older version; {RENEW}")
 
 
 def _changed(path: Path) -> DamagedError:
@@ -198,7 +205,7 @@ def check_intact(path: Path) -> None:
         header = file.read(8 + min(length, MAX_HEADER))
         written = re.search(rb"sha256\W{1,9}([0-9a-f]{64})\W", header)
         if not written:
-            raise DamagedError(f"{path}: holds no SHA-256: it is damaged, or of an older version; {RENEW}")
+            raise _unsealed(path)
         digest = hashlib.sha256(header[: written.start(1)] + BLANK.encode() + header[written.end(1) :])
         while part := file.read(1 << 20):
             digest.update(part)
@@ -273,7 +280,7 @@ class CellStore:
         return self.root / "cells" / cell_id / "weights.safetensors"
 
     def __contains__(self, cell_id: str) -> bool:
-        return (self.root / "cells" / cell_id / "record.json").is_file()
+        return self._record(cell_id).is_file()
 
     def __iter__(self) -> Iterator[str]:
         """The ids of all finished cells."""
@@ -283,10 +290,13 @@ class CellStore:
         """Keeps a finished cell; a diverged one has no weights. The record comes last, so it marks a whole cell."""
         if weights is not None:
             write_tensors(self.weights_path(cell_id), weights)
-        write_json(self.root / "cells" / cell_id / "record.json", record)
+        write_json(self._record(cell_id), record)
 
     def record(self, cell_id: str) -> dict[str, Any]:
-        return read_json(self.root / "cells" / cell_id / "record.json")
+        return read_json(self._record(cell_id))
+
+    def _record(self, cell_id: str) -> Path:
+        return self.root / "cells" / cell_id / "record.json"
 
     def save_unfinished(self, cell_id: str, record: Mapping[str, Any]) -> None:
         """Keeps how the training of a cell had gone that a search gave up."""
@@ -301,8 +311,7 @@ class CellStore:
 
     def rung(self, cell_id: str, update: int) -> dict[str, float | None]:
         """What was measured at that update; empty where nothing was."""
-        path = self._rung(cell_id, update)
-        return read_json(path)["values"] if path.is_file() else {}
+        return self._note(self._rung(cell_id, update)).get("values", {})
 
     def _rung(self, cell_id: str, update: int) -> Path:
         return self.root / "rungs" / f"{cell_id}-{update}.json"
@@ -313,11 +322,17 @@ class CellStore:
 
     def fit(self, kind: str) -> float:
         """How many cells of a kind are known to train at once; infinity where no limit was met."""
-        path = self._fit(kind)
-        return float(read_json(path)["cells"]) if path.is_file() else math.inf
+        return float(self._note(self._fit(kind)).get("cells", math.inf))
 
     def _fit(self, kind: str) -> Path:
         return self.root / "fits" / f"{kind}.json"
+
+    def _note(self, path: Path) -> dict[str, Any]:
+        """What the store would do without; empty where it is not there, or no longer as it was written."""
+        try:
+            return read_json(path)
+        except (MissingError, DamagedError):
+            return {}
 
     def remove_leftovers(self) -> None:
         """Removes what killed processes had begun to write. Only for who holds the store alone."""
@@ -336,9 +351,9 @@ class CellStore:
         return cell_id in self or self._unfinished(cell_id).is_file()
 
     def history(self, cell_ids: Iterable[str]) -> pd.DataFrame:
-        """The histories of cells, finished or given up, one row a cell and history point."""
-        found = {key: self.record(key) if key in self else read_json(self._unfinished(key)) for key in cell_ids}
-        parts = [pd.DataFrame({"cell_id": key, **record["history"]}) for key, record in found.items()]
+        """The histories of cells, finished or given up, one row a cell and history point; none of a damaged record."""
+        found = {key: self._note(self._record(key) if key in self else self._unfinished(key)) for key in cell_ids}
+        parts = [pd.DataFrame({"cell_id": key, **record["history"]}) for key, record in found.items() if record]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["cell_id", "update"])
 
     def forget_damaged(self, cell_ids: Iterable[str]) -> list[str]:
@@ -429,8 +444,9 @@ class CellStore:
                 self.root.mkdir(parents=True, exist_ok=True)
                 opened = held.enter_context(path.open("a+b", buffering=0))
                 fcntl.flock(opened, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-                opened.truncate(0)
-                opened.write(f"process {os.getpid()} ({purpose}){others}".encode())
+                with contextlib.suppress(OSError):  # a full disk costs the name only
+                    opened.truncate(0)
+                    opened.write(f"process {os.getpid()} ({purpose}){others}".encode())
             except BlockingIOError:
                 opened.seek(0)
                 holder = opened.read().decode(errors="replace").strip() or "another process"

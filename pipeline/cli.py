@@ -34,7 +34,7 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (VaesweepError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        except (VaesweepError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
             if ctx.params.get("debug") or not _is_users(error):
                 raise
             click.echo(f"vaesweep: {_one_line(error)}", err=True)
@@ -45,6 +45,8 @@ def _is_users(error: BaseException) -> bool:
     """Whether a user can have caused it: of errors in running, only that memory ran out."""
     if not isinstance(error, RuntimeError):
         return True
+    if "torch" not in sys.modules:
+        return False
     from pipeline.executors import out_of_memory
 
     return out_of_memory(error)
@@ -52,8 +54,8 @@ def _is_users(error: BaseException) -> bool:
 
 def _one_line(error: BaseException) -> str:
     """What went wrong. An OSError is the system's refusal: a folder that is read-only, a disk that is full."""
-    if isinstance(error, RuntimeError) and not isinstance(error, VaesweepError):
-        return f"memory ran out: {str(error).splitlines()[0]}"
+    if isinstance(error, (RuntimeError, MemoryError)):
+        return " ".join(["memory ran out:", *str(error).splitlines()[:1]])
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or "interrupted"
@@ -317,7 +319,7 @@ def _die_with_dvc() -> None:
         # A process that nobody waits for stays a zombie, which psutil calls running.
         try:
             return dvc is None or not dvc.is_running() or dvc.status() == psutil.STATUS_ZOMBIE
-        except psutil.Error:
+        except psutil.NoSuchProcess:
             return True
 
     def watch() -> None:

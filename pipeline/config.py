@@ -637,7 +637,7 @@ def _check_size(root: Node | None) -> None:
     for seen in itertools.count(1):
         if not waiting:
             return
-        if seen > MAX_VALUES:
+        if seen + len(waiting) > MAX_VALUES:
             raise ValueError(f"it holds more than {MAX_VALUES} values")
         node = waiting.pop()
         if isinstance(node, MappingNode):

@@ -276,9 +276,9 @@ class _LocalExecutor(ABC):
         `until` is one of `history_updates`. Cells of several stacks go on together from where they are. Raises Interrupted
         after checkpoints.
         """
-        self.store.release(keep=wanted)  # what killed processes have left
         for key in self.store.forget_damaged(wanted):
             print(f"cell {key} was damaged on disk: it is trained anew", file=sys.stderr)
+        self.store.release(keep=wanted)  # what killed processes have left
         reached_by = {key: place.update for key, place in self.store.progress().items()}
         missing = {key: cell for key, cell in wanted.items() if key not in self.store}
         if until is not None:  # at its very end, where a checkpoint may be left too, a cell must be in the store
@@ -296,7 +296,7 @@ class _LocalExecutor(ABC):
             yield Advance(cells_done, len(missing), updates_done, total)
         if self.signal_number is not None:
             raise Interrupted(self.signal_number)
-        self.store.release(keep=missing)
+        self.store.release(keep=wanted)
 
     def _stacks(self, missing: dict[str, Cell], reached: Mapping[str, int], features: int) -> list[list[str]]:
         """Stacks of cells that stand at the same update, the furthest first."""

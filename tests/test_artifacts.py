@@ -120,6 +120,17 @@ def test_only_a_damaged_cell_is_forgotten_and_not_one_that_cannot_be_read_here(t
     assert list(store) == ["newer", "whole"]
 
 
+def test_a_damaged_note_of_the_store_is_as_good_as_none(tmp_path):
+    store = CellStore(tmp_path)
+    store.save_fit("kind", 4)
+    store.save_rung("a", 10, {"validation/mse": 0.5})
+    store.save_unfinished("a", {"history": {"update": [1]}})
+    assert (store.fit("kind"), store.rung("a", 10), len(store.history(["a"]))) == (4.0, {"validation/mse": 0.5}, 1)
+    for path in tmp_path.rglob("*.json"):
+        path.write_text(path.read_text().replace('"sha256": "', '"sha256": "f'))
+    assert (store.fit("kind"), store.rung("a", 10), len(store.history(["a"]))) == (float("inf"), {}, 0)
+
+
 def _hold(root, ready, release):
     with CellStore(root).lock("first"):
         ready.set()

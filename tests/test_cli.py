@@ -24,8 +24,15 @@ def test_every_command_has_help_and_stands_in_the_readme(name):
 
 def test_help_imports_nothing_heavy():
     heavy = {"torch", "mlflow", "optuna", "pandas", "numpy", "ray"}
-    code = f"import sys, pipeline.cli; print(*sorted(set(sys.modules) & {heavy}))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+    calls = "import sys; from click.testing import CliRunner; from pipeline.cli import main; CliRunner().invoke(main, {!r})"
+    for command in ([], ["--help"], ["train", "--help"]):
+        code = f"{calls.format(command)}; print(*sorted(set(sys.modules) & {heavy}))"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_configs_are_checked_without_torch():
+    code = "import sys, pipeline.datasets, pipeline.searches; print('torch' in sys.modules, 'pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
 
 
 @pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "prune", "search", "plan"])

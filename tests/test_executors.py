@@ -178,9 +178,11 @@ def test_a_killed_worker_that_waited_for_work_does_not_hold_up_the_end(tmp_path,
     budgets = [{"updates": updates} for updates in (40, 6000) for _ in range(2)]
     wanted = identify([make_cell(seed=seed, train=train) for seed, train in enumerate(budgets)], ["hash"], RUNTIME)
     with pytest.raises(VaesweepError, match="a training process was killed"):
+        killed = None
         for advance in Workers(CellStore(tmp_path), RUNTIME, stack_size=2).run(wanted, data):
-            if advance.updates_done > 5000:
-                min(_training_processes(), key=lambda process: sum(process.cpu_times()[:2])).kill()
+            if advance.updates_done > 5000 and not killed:
+                killed = min(_training_processes(), key=lambda process: sum(process.cpu_times()[:2]))
+                killed.kill()
     assert not _training_processes()
 
 

@@ -445,6 +445,17 @@ def test_a_side_that_diverged_on_every_seed_still_gives_a_report(here: Path, lef
     assert ("There is no grid to compare it with." in _text()) == (left == "winner")
 
 
+def test_a_figure_that_no_report_shows_any_more_goes(here: Path):
+    workspace(here, tiny=TINY)
+    report.run()
+    figures_now = set(Path("reports/figures").iterdir())
+    for name in ("gone-noise.png", ".all-training.png.x1.tmp"):
+        (Path("reports/figures") / name).parent.mkdir(parents=True, exist_ok=True)
+        (Path("reports/figures") / name).write_bytes(b"old")
+    report.run()
+    assert set(Path("reports/figures").iterdir()) == figures_now
+
+
 def test_empty_files_still_give_a_report(here: Path):
     workspace(here, tiny=TINY)
     for path in [*Path("runs/tiny").rglob("*.csv")]:

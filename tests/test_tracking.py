@@ -321,6 +321,19 @@ def test_killed_within_a_cell_is_completed_and_not_doubled(call, survives, datab
     assert MlflowTracker(database).publish("study", PARENT, [long]) == 0
 
 
+def test_a_run_that_was_created_twice_is_kept_once(database):
+    """As by a client that sent its call again because the answer was late."""
+    tracker = MlflowTracker(database)
+    tracker.publish("study", PARENT, [record(), record("c1")])
+    place = tracker._client.get_experiment_by_name("study").experiment_id
+    tracker._create(place, "cell c0", {"run_key": "c0"})
+    assert tracker.publish("study", PARENT, [record(), record("c1")]) == 0
+    runs = tracker._client.search_runs([place])
+    assert Counter((run.data.tags["run_key"], run.info.status) for run in runs) == Counter(
+        (key, "FINISHED") for key in ("parent", "c0", "c1")
+    )
+
+
 def test_killed_within_an_evaluation_is_completed_and_not_doubled(database, monkeypatch):
     tracker = MlflowTracker(database)
     tracker.publish("study", PARENT, [record()])
@@ -376,9 +389,9 @@ def test_the_model_loads_without_this_package_and_knows_its_shapes(database, bes
     tracker.publish("study", PARENT, [replace(best, model=lambda: (module, torch.zeros(2, 3)))])
     place = tracker._client.get_experiment_by_name("study").experiment_id
     (model,) = tracker._client.search_logged_models([place])
-    as_torch, as_function = (kind.load_model(model.model_uri) for kind in (mlflow.pytorch, mlflow.pyfunc))
-    torch.testing.assert_close(as_torch(x), module(x))
-    np.testing.assert_allclose(as_function.predict(x.numpy()), module(x).detach(), rtol=1e-5)
+    torch.testing.assert_close(mlflow.pytorch.load_model(model.model_uri)(x), module(x))  # noqa: TID251, our own
+    predicted = mlflow.pyfunc.load_model(model.model_uri).predict(x.numpy())  # noqa: TID251
+    np.testing.assert_allclose(predicted, module(x).detach(), rtol=1e-5)
     signature = mlflow.models.get_model_info(model.model_uri).signature
     assert [spec.shape for spec in (*signature.inputs, *signature.outputs)] == [(-1, 3), (-1, 3)]
     assert model.status == "READY"

@@ -18,6 +18,7 @@ def run(dry_run: bool = False) -> tuple[int, int]:
     store = CellStore()
     with store.lock("clean"):
         used = set(_used())
+        ended = store.progress().keys() - used
         superseded = [key for key in store if key not in used]
         size = sum(store.size(key) for key in superseded)
         if not dry_run:
@@ -25,7 +26,7 @@ def run(dry_run: bool = False) -> tuple[int, int]:
                 store.remove(key)
             store.remove_traces(used)
             store.remove_leftovers()
-            store.release(ended=store.progress().keys() - used)
+            store.release(ended=ended)
     return len(superseded), size
 
 

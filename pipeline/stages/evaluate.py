@@ -68,7 +68,7 @@ def run(name: str) -> None:
     for table, content in tables.items():
         write_table(folder / f"{table}.csv", content)
     write_tensors(folder / "codes" / "pca.safetensors", {"codes": _plane(references[0])})
-    write_json(Folders(name).metrics, _means(tables["metrics"]))
+    write_json(Folders(name).metrics, _means(tables["metrics"]), sealed=False)  # DVC alone reads it, and shows all of it
     write_table(Folders(name).rate_distortion, _rate_distortion(tables["metrics"]))
     tracking.publish(studies=[name])
 

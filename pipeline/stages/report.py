@@ -65,8 +65,8 @@ def run() -> None:
     ]
     text = md.join(*parts) + "\n"
     artifacts.write_bytes(folder / "report.md", text.encode())
-    for picture in (folder / "figures").glob("*.png"):
-        if f"figures/{picture.name})" not in text:  # it was a removed study's
+    for picture in (folder / "figures").glob("*"):
+        if f"figures/{picture.name})" not in text:  # it was a removed study's, or a killed process had begun it
             picture.unlink()
 
 

@@ -67,9 +67,10 @@ def run(name: str, show: Show, stop: Stop = lambda: None) -> None:
         hunt.check()
         with hunt.trials.searcher:
             show(name, hunt.steps())
-        with results_lock(store, name, wait=True):  # also while they are read for MLflow
+        with results_lock(store, name, wait=True):
             _write(hunt)
-            tracking.publish(searches=[name])
+    with results_lock(store, name, wait=True):  # another searcher may write the same files anew
+        tracking.publish(searches=[name])
 
 
 def results_lock(store: CellStore, name: str, wait: bool) -> contextlib.AbstractContextManager[None]:
@@ -198,19 +199,20 @@ class Hunt:
                 return
             decision, standing = self.trials.decision(batch, update), self.trials.standing()
             doing = f"batch of {batch.size}: {len(batch.running)} to update {update}"
-            while not decision and (short := self._short_of(batch, update)):
-                for advance in self.executor.run(short, self.data, update):
+            while not decision and (wanted := self._wanted(batch, update)):
+                for advance in self.executor.run(wanted, self.data, update):
                     done = (sum(costs[:number]) + costs[number] * advance.updates_done / advance.updates) / sum(costs)
                     yield Step(standing, doing, min(1.0, (before + done * batch.size) / standing.target))
             if update < self.train.updates:
                 self._leave(batch, update, decision or self._decide(batch, update))
         self._finish(batch)
 
-    def _short_of(self, batch: Batch, update: int) -> dict[str, Cell]:
-        """Cells that are not trained so far yet, or no more, where another search has removed the checkpoint of both."""
+    def _wanted(self, batch: Batch, update: int) -> dict[str, Cell]:
+        """Cells that were not judged here, if any is not trained so far yet, or no more, as its checkpoint has gone."""
         judged, reached, end = self._judged(batch, update), self.store.progress(), update == self.train.updates
         there = {key for key, place in reached.items() if place.update >= update and not end}
-        return {key: cell for key, cell in batch.cells.items() if key not in self.store and key not in there | judged.keys()}
+        wanted = {key: cell for key, cell in batch.cells.items() if key not in judged}
+        return wanted if any(key not in self.store and key not in there for key in wanted) else {}
 
     def _decide(self, batch: Batch, update: int) -> dict[str, Any]:
         records = self._records(batch.cells, update)

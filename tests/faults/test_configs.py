@@ -108,6 +108,7 @@ STUDIES = [
     ),
     ("title: A tiny study", "? [a, b]\n: c", "cannot be read"),
     ("title: A tiny study", "title: &a [*a]", "cannot be read"),
+    ("title: A tiny study", f"title: &a [{'*a,' * 40_000} x]", "it holds more than 50000 values"),
     ("title: A tiny study", "title: " + 600 * "[" + 600 * "]", "cannot be read"),
     (
         "title: A tiny study",
