@@ -26,7 +26,7 @@ def environment(**more):
 
 def ran(folder, *command, **more):
     """The process that a command was, at its end."""
-    return subprocess.run(command, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=900)
 
 
 def run(folder, *command, **more):

@@ -1,10 +1,13 @@
 """Files that are damaged, foreign or hostile: caught, and never run or silently used."""
 
+import json
 import os
 import pickle  # noqa: TID251, to make payloads
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -86,6 +89,39 @@ def test_damaged_weights_stop_what_reads_them_and_are_trained_anew(tmp_path, fig
     figure("one line naming the file; trained anew, bit-identical")
 
 
+PLANTS = """
+import json, sys
+from pathlib import Path
+from click.testing import CliRunner
+from pipeline.cli import main
+
+if __name__ == "__main__":
+    plan = json.loads(sys.argv[1])
+    for name, commands in plan["readers"].items():
+        path = Path(name)
+        kept = path.read_bytes()
+        path.unlink()
+        path.write_bytes(bytes.fromhex(plan["payload"]))
+        for command in commands:
+            result = CliRunner().invoke(main, command)
+            assert result.exception is None or isinstance(result.exception, SystemExit), (path, command, result)
+        assert not list(Path().rglob("PWNED")), path
+        path.unlink(missing_ok=True)  # a damaged checkpoint goes
+        path.write_bytes(kept)
+"""
+
+
+def _kind(path: Path) -> str:
+    """One for all cells."""
+    return re.sub(r"[0-9a-f]{16}", "*", path.as_posix())
+
+
+def _writer(path: Path) -> int:
+    """How many stages have run once a file is written: those after it read it, and none writes it anew before."""
+    folders = ["prepared", "train", "evaluate", "prune", "search"]
+    return next((number for number, folder in enumerate(folders, 1) if folder in path.parts[:-1]), 0)
+
+
 class Payload:
     def __reduce__(self):
         return os.mkdir, ("PWNED",)
@@ -105,19 +141,11 @@ def test_a_pickle_is_run_nowhere(tmp_path, figure):
     store.save_checkpoint(["cd"], {"w": torch.ones(1, 1)}, 10)
     assert all((store.root / kind).is_dir() for kind in ("checkpoints", "fits", "rungs", "unfinished"))
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in (".png", ".md", ".db")]
-    kinds = {path.relative_to(folder).parent.as_posix() + path.suffix: path for path in files if "lock" not in path.name}
-    for path in kinds.values():
-        kept = path.read_bytes()
-        path.unlink()
-        path.write_bytes(payload)
-        code = "import os, sys; from click.testing import CliRunner; from pipeline.cli import main\n" + "".join(
-            f"r = CliRunner().invoke(main, {stage}); assert r.exception is None or isinstance(r.exception, SystemExit), r\n"
-            for stage in [*stages, ["plan", "tiny"], ["sync"], ["clean", "--dry-run"]]
-        )
-        run(folder, sys.executable, "-c", code, **AWAY)
-        assert not list(folder.rglob("PWNED")), path
-        path.unlink(missing_ok=True)  # a damaged checkpoint goes
-        path.write_bytes(kept)
+    kinds = {_kind(path.relative_to(folder)): path for path in files if "lock" not in path.name}
+    commands = [*stages, ["plan", "tiny"], ["sync"], ["clean", "--dry-run"]]
+    readers = {str(path): commands[_writer(path.relative_to(folder)) :] for path in kinds.values()}
+    plan = {"payload": payload.hex(), "readers": readers}
+    run(folder, sys.executable, "-c", PLANTS, json.dumps(plan), **AWAY)
     figure(f"{len(kinds)} kinds of files, run in none, a line of error or none at all")
 
 
