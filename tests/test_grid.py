@@ -70,7 +70,6 @@ def test_every_cell_has_an_id_of_its_own_and_keeps_it(study):
     assert not set(keys) & identify(cells(study), [f"other {text}" for text in hashes], RUNTIME).keys()
 
 
-@settings(max_examples=40)
 @given(studies(), st.integers(1, 20))
 def test_stacks_hold_every_cell_once_and_mix_only_what_may_mix(study, size):
     hashes = [str(number) for number in range(len(study.data.axes["manifold_dim"]))]

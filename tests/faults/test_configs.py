@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from project import PARAMS, ran, write_project
-from scale import times
 from tiny import SEARCH, STUDY, drive
 
 from pipeline import datasets
@@ -192,7 +191,7 @@ def test_a_wrong_config_is_refused_in_one_line_before_any_data_is_touched(
     monkeypatch.setattr(datasets, "build", lambda *_: pytest.fail("data were built"))
     start = time.monotonic()
     result = CliRunner().invoke(main, command)
-    assert time.monotonic() - start < times(10, 2)  # CI's machines are busy
+    assert time.monotonic() - start < 2
     assert result.exit_code == 1 and len(result.output.splitlines()) == 1, result.output
     assert result.output.startswith(f"vaesweep: {path}: ") or "configs/: there is no config" in result.output
     assert message in result.output
