@@ -272,7 +272,7 @@ def _in_words(name: str, step: Step, left: float | None) -> str:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[Callable[[], int | None]]:
-    """While training: SIGINT and SIGTERM ask for a checkpoint and an end; a second one ends at once, and so does one not obeyed."""
+    """While training: SIGINT and SIGTERM ask for a checkpoint and an end; a second one, or one not obeyed, ends at once."""
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
