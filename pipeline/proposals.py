@@ -13,6 +13,9 @@ from pipeline.searches import Axis, Search, Space
 if TYPE_CHECKING:
     import optuna
 
+STARTUP = 10  # trials drawn at random before TPE or GP begin, as in Optuna; fewer where that ends a batch
+TPE_CANDIDATES = 100  # of which TPE takes the most promising, 24 in Optuna: batches give it few rounds, so each has to count
+
 
 def drawn(
     search: Search,
@@ -48,10 +51,13 @@ def _sampler(search: Search, ordinal: int) -> optuna.samplers.BaseSampler:
     import optuna.samplers as samplers
 
     seed = int.from_bytes(hashlib.sha256(f"{search.sampler.seed} {ordinal}".encode()).digest()[:4])
+    startup = STARTUP - STARTUP % min(STARTUP, search.batch)
     return {
-        "tpe": lambda: samplers.TPESampler(seed=seed, constant_liar=True),
+        "tpe": lambda: samplers.TPESampler(
+            seed=seed, n_startup_trials=startup, n_ei_candidates=TPE_CANDIDATES, constant_liar=True
+        ),
         "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=max(2, search.batch)),
-        "gp": lambda: samplers.GPSampler(seed=seed, warn_independent_sampling=False),
+        "gp": lambda: samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False),
         "random": lambda: samplers.RandomSampler(seed=seed),
     }[search.sampler.kind]()
 

@@ -85,6 +85,19 @@ def test_every_sampler_reaches_the_target_and_draws_the_same_again(kind, objecti
     assert all(0.1 <= params["beta"] <= 4 and 1 <= params["latent_dim"] <= 8 for params in found[0])
 
 
+@pytest.mark.parametrize("kind", ["tpe", "gp"])
+@pytest.mark.parametrize(("batch", "at_random"), [(1, 10), (4, 8), (8, 8), (12, 12)])
+def test_samplers_learn_from_the_first_whole_batches(kind, batch, at_random):
+    """Opposite directions give the same trials as long as these are random."""
+    goal, found = ONE[0], []
+    for direction in ("up", "down"):
+        search = a_search(sampler={"kind": kind}, batch=batch, trials=13, objectives=({**goal, "direction": direction},))
+        with open_storage(f"sqlite:///{direction}.db") as storage:
+            found.append(drawn(search_through(search, storage)))
+    same = [one == other for one, other in zip(*found, strict=True)]
+    assert same.index(False) == at_random
+
+
 @pytest.mark.parametrize("url", ["sqlite:///optuna.db", "journal.log"])
 def test_a_later_process_goes_on_to_the_same_trials(url):
     search = a_search()
