@@ -457,6 +457,10 @@ class CellStore:
             if not shared:
                 opened.truncate(0)
 
+    def results_lock(self, search: str, wait: bool) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from what comes of a search. Raises HeldError, as `lock` does."""
+        return self.lock(f"results of search {search}", file=f"{search}.lock", wait=wait)
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import databases
-from pipeline.artifacts import ArtifactError, Folders, main_checkout, read_json, read_table, read_tensors, sha256
+from pipeline.artifacts import ArtifactError, CellStore, Folders, main_checkout, read_json, read_table, read_tensors, sha256
 from pipeline.config import CONFIG_FOLDER, Model, Scalar, VaesweepError, chooses, claims_about, load_study
 from pipeline.escaping import escape
 from pipeline.model import Autoencoder
@@ -542,27 +542,29 @@ def sync(
     studies: Iterable[str],
     searches: Iterable[str] = (),
     reconstruction: Callable[[Path, Model], Reconstruction] | None = None,
+    wait: bool = False,
 ) -> Synced:
     """Publishes everything on disk of the named studies and searches. Raises TrackingError.
 
-    `reconstruction` builds the MLflow model of a study's cell; without it no models are logged.
+    `reconstruction` builds the MLflow model of a study's cell; without it no models are logged. A search whose results another
+    process holds is noted, unless they may be waited for.
     """
-    changed, notes = {}, []
-    readers = [(name, partial(study_records, name, reconstruction)) for name in studies]
-    for name, read in [*readers, *((name, partial(search_records, name, reconstruction)) for name in searches)]:
+    changed, notes, store = {}, [], CellStore()
+    turns = [(name, study_records, contextlib.nullcontext()) for name in studies]
+    turns += [(name, search_records, store.results_lock(name, wait)) for name in searches]
+    for name, read, held in turns:
         try:
-            parent, records = read()
+            with held:  # while they are read and copied, nobody writes them anew
+                changed[name] = tracker.publish(name, *read(name, reconstruction))
         except ArtifactError as error:
             notes.append(f"{name} is not in MLflow: {error}")
-            continue
-        changed[name] = tracker.publish(name, parent, records)
     return Synced(changed, notes)
 
 
 def publish(studies: Iterable[str] = (), searches: Iterable[str] = ()) -> None:
     """`sync` for a stage, with models: a tracking store that is away costs one line of warning, and nothing else."""
     try:
-        synced = sync(MlflowTracker(), studies, searches, load_reconstruction)
+        synced = sync(MlflowTracker(), studies, searches, load_reconstruction, wait=True)
     except TrackingError as error:
         _warn(error)
         return

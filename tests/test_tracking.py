@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import sqlite3
@@ -27,7 +28,7 @@ from torch import nn
 
 import pipeline
 from pipeline import tracking
-from pipeline.artifacts import Folders, write_json, write_table, write_tensors
+from pipeline.artifacts import CellStore, Folders, write_json, write_table, write_tensors
 from pipeline.tracking import MemoryTracker, MlflowTracker, ParentRecord, RunRecord, Tracker, TrackingError
 
 PARENT = ParentRecord("digits", "Real digits", {"study": "digits"})
@@ -677,6 +678,12 @@ def test_sync_publishes_what_is_there_and_notes_the_rest(workspace):
     assert synced.changed == {"digits": 2}
     assert [note.split()[0] for note in synced.notes] == ["pruning", "kl_weight"]
     assert tracking.sync(tracker, ["digits"]).changed == {"digits": 0}
+
+
+def test_sync_leaves_alone_a_search_whose_results_are_being_written(workspace):
+    with CellStore().results_lock("kl_weight", wait=False):
+        (note,) = tracking.sync(MemoryTracker(), [], ["kl_weight"]).notes
+    assert note.startswith("kl_weight is not in MLflow: ") and f"is held by process {os.getpid()}" in note
 
 
 class Slow(MemoryTracker):

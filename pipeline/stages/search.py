@@ -67,15 +67,9 @@ def run(name: str, show: Show, stop: Stop = lambda: None) -> None:
         hunt.check()
         with hunt.trials.searcher:
             show(name, hunt.steps())
-        with results_lock(store, name, wait=True):
+        with store.results_lock(name, wait=True):
             _write(hunt)
-    with results_lock(store, name, wait=True):  # another searcher may write the same files anew
-        tracking.publish(searches=[name])
-
-
-def results_lock(store: CellStore, name: str, wait: bool) -> contextlib.AbstractContextManager[None]:
-    """Keeps other searchers of the same search from what comes of it."""
-    return store.lock(f"results of search {name}", file=f"{name}.lock", wait=wait)
+    tracking.publish(searches=[name])
 
 
 class Hunt:
@@ -149,7 +143,7 @@ class Hunt:
 
     def _are_ours(self, held: contextlib.ExitStack) -> bool:
         try:
-            held.enter_context(results_lock(self.store, self.name, wait=False))
+            held.enter_context(self.store.results_lock(self.name, wait=False))
         except HeldError:
             return False
         return True
