@@ -69,11 +69,11 @@ def test_killed_in_training_ends_bit_identical(long_study, tmp_path, figure):
     whole = shutil.copytree(long_study, tmp_path / "whole")
     moments, kills, lost = random.Random(0), 0, []
     for until in (RUNG, UPDATES):
-        wanted = kills + times(2, 10)
+        wanted = kills + times(1, 10)
         while kills < wanted:
             lost_now, code = kill_in_training(long_study, until, moments)
             kills, lost = kills + (code == -signal.SIGKILL), [*lost, lost_now]
-            assert len(lost) < 3 * times(4, 20), "too many came too late"
+            assert len(lost) < 3 * times(2, 20), "too many came too late"
         for folder in (long_study, whole):
             run(folder, *trained(folder, until))
         if until == RUNG:
@@ -104,7 +104,7 @@ def parent_status(folder):
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_leaves_a_checkpoint_and_a_killed_run(long_study, number, code, group, figure):
-    if not ALL and group == (number == signal.SIGINT):
+    if not ALL and not (group and number == signal.SIGINT):
         pytest.skip("in `make faults`")
     make_database(long_study)
     process = begin(long_study, "vaesweep", "train", "tiny")
