@@ -37,7 +37,7 @@ faults: $(STAMP) ## kill, fill, cut off and flip everything that SECURITY.md pro
 ui: $(STAMP) ## open the MLflow UI on http://127.0.0.1:5000
 	@vaesweep ui
 
-clean: $(STAMP) ## remove trained cells that no listed study uses
+clean: $(STAMP) ## remove trained cells that no listed study or search uses
 	@vaesweep clean
 
 $(STAMP): requirements.lock pyproject.toml

@@ -459,7 +459,7 @@ class CellStore:
 
     def results_lock(self, search: str, wait: bool) -> contextlib.AbstractContextManager[None]:
         """Keeps other processes from what comes of a search. Raises HeldError, as `lock` does."""
-        return self.lock(f"results of search {search}", file=f"{search}.lock", wait=wait)
+        return self.lock(f"results of search {search}", file=f"results-{search}.lock", wait=wait)
 
 
 @dataclass(frozen=True)

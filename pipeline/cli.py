@@ -151,7 +151,7 @@ def search(search: str) -> None:
 
 @main.command()
 def report() -> None:
-    """Write reports/report.md and its figures from the tables on disk."""
+    """Write reports/report.md and its figures from what the stages left on disk."""
     from pipeline.stages import report as stage
 
     stage.run()

@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from pipeline import artifacts
+from pipeline.measures import AXIS_WORDS
 
 HOUSE_STYLE = {
     "figure.dpi": 125,
@@ -89,6 +90,16 @@ def arm_label(arm: str, beta: SupportsFloat | None = None) -> str:
     """How plots and tables call an arm: `VAE, β = 4`."""
     name = ARM_LABELS.get(arm, arm)
     return name if beta is None or math.isnan(beta) else f"{name}, β = {number(float(beta))}"
+
+
+def words(axis: str) -> str:
+    """An axis as plots call it."""
+    return AXIS_WORDS.get(axis, axis.replace("_", " "))
+
+
+def latents(count: Any) -> str:
+    """`1 latent`, `2 latents`."""
+    return f"{int(count)} latent{'s' if count != 1 else ''}"
 
 
 def number(value: float) -> str:

@@ -19,7 +19,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from pipeline import drawing, intervals
-from pipeline.measures import AXIS_WORDS
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 NOISE_LABELS = {
@@ -113,7 +112,7 @@ def noise_curves(summary: pd.DataFrame, metric: str, label: str) -> Figure:
     for ax, target, latent_dim in cells:
         shown = table[(table["target"] == target) & (table["latent_dim"] == latent_dim)]
         _draw_series(ax, shown, "train_noise", metric, colours)
-    drawing.label_edges(axes, _words("train_noise"), textwrap.fill(label, 30))
+    drawing.label_edges(axes, drawing.words("train_noise"), textwrap.fill(label, 30))
     drawing.title(figure, "Noise in training: error on inputs as noisy as those")
     drawing.legend(figure, drawing.handles(colours, marker="o"))
     return figure
@@ -133,7 +132,7 @@ def rate_distortion(summary: pd.DataFrame) -> Figure:
     figure, axes = drawing.panels(1, len(latent_dims), height=3.6)
     for latent_dim, ax in zip(latent_dims, axes.flat, strict=True):
         _draw_rate_distortion(ax, table[table["latent_dim"] == latent_dim], _colours(table), _markers(table["l2"]))
-        ax.set_title(_latents(latent_dim))
+        ax.set_title(drawing.latents(latent_dim))
     drawing.label_edges(axes, "rate: KL (nats per sample)", "distortion: reconstruction (nats per sample)")
     drawing.title(figure, "Rate and distortion: what each β buys")
     drawing.legend(figure, [*drawing.handles(_colours(table)), *_marker_handles(table["l2"])])
@@ -209,7 +208,7 @@ def _noise_panels(
     figure, axes = drawing.panels(len(latent_dims), len(kinds), height=2.2, sharey="row")
     cells = [(axes[r, c], kind, dim) for r, dim in enumerate(latent_dims) for c, kind in enumerate(kinds)]
     for ax, kind, latent_dim in cells:
-        ax.set_title(f"{labels.get(kind, kind)}, {_latents(latent_dim)}")
+        ax.set_title(f"{labels.get(kind, kind)}, {drawing.latents(latent_dim)}")
     return figure, axes, cells
 
 
@@ -254,7 +253,7 @@ def pca_curve(pca: pd.DataFrame, models: pd.DataFrame) -> Figure:
 
 
 @drawing.house_style
-def scree(columns: pd.DataFrame, truth: str | None = None) -> Figure:
+def scree(columns: pd.DataFrame, truth: str) -> Figure:
     """How much each latent dimension is used, sorted within each cell and averaged over seeds.
 
     Rows are arms; a line for each value of the data axis `truth`. Beside |column sum| and the L2 norm stands the KL, or
@@ -275,14 +274,14 @@ def scree(columns: pd.DataFrame, truth: str | None = None) -> Figure:
             ax.set_title(name)
     drawing.label_edges(axes, "rank of the latent dimension")
     drawing.title(figure, "Scree: first decoder layer's columns, and what each dimension carries")
-    drawing.legend(figure, drawing.handles(colours), title=_words(truth))
+    drawing.legend(figure, drawing.handles(colours), title=drawing.words(truth))
     return figure
 
 
-def _draw_scree(ax: Axes, columns: pd.DataFrame, measure: str, truth: str | None, colours: dict) -> None:
+def _draw_scree(ax: Axes, columns: pd.DataFrame, measure: str, truth: str, colours: dict) -> None:
     ranked = columns.assign(rank=columns.groupby("cell_id")[measure].rank(ascending=False, method="first"))
     for key, colour in colours.items():
-        lines = ranked if truth is None else ranked[ranked[truth].map(_key) == key]
+        lines = ranked[ranked[truth].map(_key) == key]
         mean = lines.groupby("rank")[measure].mean()
         ax.plot(mean.index, mean, color=colour, marker=".", linewidth=1.2)
     ax.set_ylim(bottom=0)
@@ -290,7 +289,7 @@ def _draw_scree(ax: Axes, columns: pd.DataFrame, measure: str, truth: str | None
 
 
 @drawing.house_style
-def ablation(curves: pd.DataFrame, truth: str | None = None) -> Figure:
+def ablation(curves: pd.DataFrame, truth: str) -> Figure:
     """Error as dimensions are zeroed, smallest first in each criterion's order; a ring where only the true number is left."""
     table = _labelled(curves)
     series, criteria = list(_colours(table)), [name for name in CRITERIA if name in set(table["criterion"])]
@@ -304,22 +303,20 @@ def ablation(curves: pd.DataFrame, truth: str | None = None) -> Figure:
     drawing.label_edges(axes, "dimensions set to zero", "squared error\nper dimension")
     drawing.title(figure, "Ablation: error as the least used dimensions are zeroed")
     ring = Line2D([], [], color="#444444", marker="o", markerfacecolor="white", linestyle="", label="true number left")
-    drawing.legend(figure, [*drawing.handles(colours), *([ring] if truth else [])], title=_words(truth))
+    drawing.legend(figure, [*drawing.handles(colours), ring], title=drawing.words(truth))
     return figure
 
 
-def _draw_ablation(ax: Axes, table: pd.DataFrame, truth: str | None, colours: dict) -> None:
+def _draw_ablation(ax: Axes, table: pd.DataFrame, truth: str, colours: dict) -> None:
     if table.empty:
         ax.set_axis_off()
         ax.text(0.5, 0.5, "(this arm has none)", transform=ax.transAxes, ha="center", color=drawing.GREY)
         return
     for key, colour in colours.items():
-        curve = table if truth is None else table[table[truth].map(_key) == key]
-        curve = curve.sort_values("zeroed")
+        curve = table[table[truth].map(_key) == key].sort_values("zeroed")
         _line(ax, curve, "zeroed", "mse", colour)
-        if truth is not None:
-            true_left = curve[curve["zeroed"] == curve["latent_dim"] - curve[truth]]
-            ax.plot(true_left["zeroed"], true_left["mse"], "o", color=colour, markerfacecolor="white", zorder=3)
+        true_left = curve[curve["zeroed"] == curve["latent_dim"] - curve[truth]]
+        ax.plot(true_left["zeroed"], true_left["mse"], "o", color=colour, markerfacecolor="white", zorder=3)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
@@ -339,7 +336,7 @@ def used_dimensions(counts: pd.DataFrame, truth: str, measures: dict[str, str]) 
         ax.set_title(name)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    drawing.label_edges(axes, f"true dimension ({_words(truth)})", "dimensions counted as used")
+    drawing.label_edges(axes, f"true dimension ({drawing.words(truth)})", "dimensions counted as used")
     drawing.title(figure, "Used dimensions against the true dimension of the data")
     handles = [
         Line2D([], [], color=colours[m], marker=MARKERS[i], label=label) for i, (m, label) in enumerate(measures.items())
@@ -366,7 +363,7 @@ def heat_map(summary: pd.DataFrame, metrics: dict[str, str]) -> Figure:
         limits = _range(summary[metric])
         for ax, latent_dim in zip(row, latent_dims, strict=True):
             _draw_heat(ax, summary[summary["latent_dim"] == latent_dim], metric, limits)
-            ax.set_title(f"{label}, {_latents(latent_dim)}")
+            ax.set_title(f"{label}, {drawing.latents(latent_dim)}")
     drawing.label_edges(axes, "β", "λ")
     drawing.title(figure, "What β and λ do, as means over seeds")
     return figure
@@ -403,8 +400,8 @@ def outlier_map(summary: pd.DataFrame, x: str, y: str, metric: str, label: str) 
             ax.set_title(title)
         _draw_grid(row[2], grid - plain, "vlag", (-most, most), digits=2)
         row[2].set_title(f"{name} minus {drawing.ARM_LABELS['ae']}")
-    drawing.label_edges(axes, _words(x), _words(y))
-    drawing.title(figure, f"{label} over {_words(x)} and {_words(y)}, as means over seeds")
+    drawing.label_edges(axes, drawing.words(x), drawing.words(y))
+    drawing.title(figure, f"{label} over {drawing.words(x)} and {drawing.words(y)}, as means over seeds")
     return figure
 
 
@@ -545,9 +542,7 @@ def _shades(base: str, count: int) -> list[Any]:
     return sns.blend_palette([sns.light_palette(base, 5)[2], base, sns.dark_palette(base, 5)[2]], count)
 
 
-def _truth_colours(table: pd.DataFrame, truth: str | None) -> dict[str, Any]:
-    if truth is None:
-        return {"mean over seeds": drawing.ARM_COLOURS["vae"]}
+def _truth_colours(table: pd.DataFrame, truth: str) -> dict[str, Any]:
     values = sorted(table[truth].unique())
     return dict(zip(map(_key, values), sns.color_palette("viridis_r", len(values) + 1)[1:], strict=True))
 
@@ -564,14 +559,6 @@ def _marker_handles(values: Iterable[float]) -> list[Line2D]:
     markers = _markers(values)
     style = {"color": drawing.GREY, "linestyle": ""}
     return [Line2D([], [], marker=m, label=f"λ = {drawing.number(v)}", **style) for v, m in markers.items()]
-
-
-def _latents(count: Any) -> str:
-    return f"{int(count)} latent{'s' if count != 1 else ''}"
-
-
-def _words(name: str | None) -> str | None:
-    return None if name is None else AXIS_WORDS.get(name, name.replace("_", " "))
 
 
 def _short(value: float, digits: int = 3) -> str:

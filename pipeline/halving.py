@@ -30,6 +30,13 @@ def costs(size: int, factor: int, rungs: Sequence[int]) -> list[int]:
     return found
 
 
+def finishing(size: int, factor: int, rungs: int) -> int:
+    """How many of a batch reach its end, if none leaves for another reason."""
+    for _ in range(rungs):
+        size = math.ceil(size / factor)
+    return size
+
+
 def survivors(values: Sequence[Point], factor: int) -> list[int]:
     """Which of the trials go on: one in `factor`, rounded up, the best by rank; of equal ones the first."""
     count = math.ceil(len(values) / factor)

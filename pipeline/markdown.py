@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pipeline.drawing import number
+from pipeline import drawing
 from pipeline.escaping import escape
-from pipeline.figures import AXIS_WORDS
 
 
 def join(*parts: str) -> str:
@@ -46,7 +45,7 @@ def value(setting: Any) -> str:
     if str(setting) in ("True", "False"):
         return str(setting).lower()
     try:
-        return number(float(setting))
+        return drawing.number(float(setting))
     except (TypeError, ValueError):
         return escape(setting)
 
@@ -58,12 +57,7 @@ def values(settings: Iterable[Any]) -> str:
 
 def words(axis: str) -> str:
     """An axis as tables call it."""
-    return AXIS_WORDS.get(axis) or escape(axis.replace("_", " "))
-
-
-def latents(count: Any) -> str:
-    """`1 latent`, `2 latents`."""
-    return f"{int(count)} latent{'s' if count != 1 else ''}"
+    return escape(drawing.words(axis))
 
 
 def count(number_of: Any) -> str:

@@ -40,7 +40,7 @@ def reconstructions(inputs: np.ndarray, outputs: np.ndarray, image_shape: Sequen
 
 
 @drawing.house_style
-def quadrant_lattice(cells: Sequence[dict[str, Any]], title: str = "") -> Figure:
+def quadrant_lattice(cells: Sequence[dict[str, Any]], title: str) -> Figure:
     """Data of two dimensions: codes and reconstructions of cells over arm (across) and λ (up), beside the input.
 
     Points are coloured by the input's quadrant. All reconstructions lie in one frame with the input; codes have a frame each,

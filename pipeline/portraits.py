@@ -34,10 +34,10 @@ def _lattice(results: StudyResults, latent_dim: int) -> str:
     cells = [_lattice_cell(results, row) for row in shown.drop_duplicates(["arm", "beta", "l2", "anneal"]).to_dict("records")]
     setting = f" ({', '.join(fixed)})" if fixed else ""
     caption = (
-        f"Codes and reconstructions through {md.latents(latent_dim)}{setting}, coloured by the input's quadrant, over β "
+        f"Codes and reconstructions through {drawing.latents(latent_dim)}{setting}, coloured by the input's quadrant, over β "
         f"(across) and λ (up): test points of each setting's first seed."
     )
-    title = f"Codes and reconstructions through {md.latents(latent_dim)}"
+    title = f"Codes and reconstructions through {drawing.latents(latent_dim)}"
     return results.gallery.show(f"lattice-{latent_dim}", pictures.quadrant_lattice(cells, title), caption)
 
 

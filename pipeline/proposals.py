@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pipeline import halving
 from pipeline.config import ARMS, Scalar
 from pipeline.searches import Axis, Search, Space
 
@@ -52,11 +53,13 @@ def _sampler(search: Search, ordinal: int) -> optuna.samplers.BaseSampler:
 
     seed = int.from_bytes(hashlib.sha256(f"{search.sampler.seed} {ordinal}".encode()).digest()[:4])
     startup = STARTUP - STARTUP % min(STARTUP, search.batch)
+    # NSGA-II begins a generation once a population has finished: half of those of a batch, so that each batch is one.
+    finishing = halving.finishing(search.batch, search.halving or 1, len(search.rungs))
     return {
         "tpe": lambda: samplers.TPESampler(
             seed=seed, n_startup_trials=startup, n_ei_candidates=TPE_CANDIDATES, constant_liar=True
         ),
-        "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=max(2, search.batch)),
+        "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=max(2, finishing // 2)),
         "gp": lambda: samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False),
         "random": lambda: samplers.RandomSampler(seed=seed),
     }[search.sampler.kind]()

@@ -13,7 +13,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pipeline import drawing
-from pipeline.measures import AXIS_WORDS
 from pipeline.searches import Goal, Search
 
 STATE_COLOURS = {"complete": "#0072b2", "pruned": "#bbbbbb", "failed": "#cc79a7", "grid": "#d55e00"}
@@ -82,14 +81,14 @@ def history(search: Search, trials: pd.DataFrame) -> Figure:
 
 
 def _draw_best_so_far(ax: Axes, goal: Goal, trials: pd.DataFrame, complete: pd.DataFrame) -> list[Line2D]:
-    for state, rows in trials.dropna(subset=[goal.name]).groupby("state"):
+    valued = trials.dropna(subset=[goal.name])
+    for state, rows in valued.groupby("state"):
         _points(ax, rows.assign(trial=rows["trial"].fillna(-1)), "trial", goal.name, state)
     best = complete[goal.name].cummax() if goal.maximised else complete[goal.name].cummin()
     ax.step(complete["trial"], best, where="post", color="#444444", linewidth=1.0, zorder=1.5)
     _mark_best(ax, complete, "trial", goal.name)
     ax.set_ylabel(_label(goal))
-    valued = [state for state in trials["state"] if state != "pruned"]
-    return [*_handles(valued), Line2D([], [], color="#444444", linewidth=1.0, label="best trial so far")]
+    return [*_handles(valued["state"]), Line2D([], [], color="#444444", linewidth=1.0, label="best trial so far")]
 
 
 def _draw_hypervolume(ax: Axes, goals: Sequence[Goal], trials: pd.DataFrame, complete: pd.DataFrame) -> list[Line2D]:
@@ -150,7 +149,7 @@ def importance_bars(search: Search, importances: pd.DataFrame) -> Figure:
     for goal, ax in zip(search.objectives, axes.flat, strict=True):
         rows = importances[importances["goal"] == goal.name].sort_values("importance")
         bars = ax.barh(
-            [_words(name) for name in rows["setting"]], rows["importance"], color=STATE_COLOURS["complete"], height=0.6
+            [drawing.words(name) for name in rows["setting"]], rows["importance"], color=STATE_COLOURS["complete"], height=0.6
         )
         ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=8.5)
         ax.set_title(_label(goal, width=60))
@@ -180,7 +179,7 @@ def slices(search: Search, trials: pd.DataFrame) -> Figure:
             for state, part in rows.groupby("state"):
                 _points(ax, part, name, goal.name, state)
             _mark_best(ax, rows, name, goal.name)
-            ax.set_xlabel(_words(name) if row == len(search.objectives) - 1 else "")
+            ax.set_xlabel(drawing.words(name) if row == len(search.objectives) - 1 else "")
         axes[row, 0].set_ylabel(_label(goal))
     drawing.legend(figure, _handles(trials.dropna(subset=[search.objectives[0].name])["state"]))
     drawing.title(figure, "Objectives over settings")
@@ -219,7 +218,3 @@ def _handles(states: Iterable[str], line: str = "") -> list[Line2D]:
 
 def _label(goal: Goal, width: int = 34) -> str:
     return "\n".join(textwrap.wrap(goal.label, width))
-
-
-def _words(name: str) -> str:
-    return AXIS_WORDS.get(name, name.replace("_", " "))

@@ -14,7 +14,7 @@ from pipeline.searches import Axis, Goal, Search
 CAPTIONS = {
     "front": "Both objectives on validation data, one seed: finished trials, the grid's cells (joined over β), and the front.",
     "history": "Progress over trials, in the order in which they were drawn; the grid's cells came first.",
-    "rungs": "Values at the rungs where trials leave: of each batch, the best by rank go on.",
+    "rungs": "Values at the rungs, where trials leave, and at the end.",
     "importances": "Which settings explain the objectives' variance over finished trials and the grid's cells (fANOVA).",
     "slices": "Finished trials and the grid's cells over each varied setting.",
 }
@@ -64,10 +64,10 @@ def _asked(results: SearchResults) -> str:
     search, about = results.search, results.about
     objectives = " and ".join(_objective(goal) for goal in search.objectives)
     batches = f"batches of {search.batch}"
+    rungs = " and ".join(map(md.count, about["rungs"]))
     if search.halving:
-        rungs = " and ".join(map(md.count, about["rungs"]))
         batches += f", of which one in {search.halving} goes on at update {rungs}"
-    pruner = f", Optuna's {search.pruner.kind.replace('_', ' ')} pruner across batches" if search.pruner else ""
+    pruner = f", Optuna's {search.pruner.kind.replace('_', ' ')} pruner at update {rungs}" if search.pruner else ""
     return (
         f"*Objectives:* {objectives}, on validation data, one seed. *Space:* {_space(search)}. *Trials:* {search.trials}, "
         f"drawn by `{search.sampler.kind}` in {batches}{pruner}; {md.count(about['updates'])} updates to the end."
@@ -114,7 +114,8 @@ def _gain(results: SearchResults) -> str:
             [_on_test(goal), intervals.with_half_width(intervals.seed_interval(winner[goal.on_test]))]
             for goal in _goals(search)
         ]
-        return md.join(f"{named}. There is no grid to compare it with.", md.table(["test set", "winner"], rows))
+        grid = "none of the grid's settings was measured" if results.about["grid_cells"] else "there is no grid"
+        return md.join(f"{named}; {grid} to compare it with.", md.table(["test set", "winner"], rows))
     grid = sides[sides["side"] == "grid"]
     seeds = sorted(set(winner["seed"]) & set(grid["seed"]))
     difference = _paired(sides, search.chooses)
@@ -158,7 +159,7 @@ def _verdict(difference: intervals.Interval, goal: Goal) -> str:
 
 def _setting(rows: pd.DataFrame) -> str:
     first = rows.iloc[0]
-    others = {"latent_dim": md.latents(first["latent_dim"]), "l2": f"λ = {md.value(first['l2'])}"}
+    others = {"latent_dim": drawing.latents(first["latent_dim"]), "l2": f"λ = {md.value(first['l2'])}"}
     others["learning_rate"] = f"learning rate {intervals.plain(first['learning_rate'])}"
     if "sigma2" in first and pd.notna(first["sigma2"]):
         others["sigma2"] = f"σ² = {md.value(first['sigma2'])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.config import (
     ARMS,
     CONFIG_FOLDER,
+    MAX_CELLS,
     PARAMS_FILE,
     ConfigError,
     Count,
@@ -204,7 +206,7 @@ class Sampler(Strict):
 
 
 class Pruner(Strict):
-    """One of Optuna's pruners: at each rung it compares a trial with the finished ones of earlier batches."""
+    """One of Optuna's pruners: at each rung it compares a trial with finished ones, or with all that reached the rung."""
 
     kind: Literal["median", "percentile", "successive_halving", "hyperband"]
     startup: Annotated[int, Field(ge=1)] = Field(
@@ -276,6 +278,12 @@ class Search(Strict):
             raise ValueError("space: some setting must have a range or several values")
         if kind == "qmc" and (listed := [name for name, item in varied.items() if item.values]):
             raise ValueError(f"sampler: 'qmc' covers ranges, but space.{listed[0]} is a list")
+        if kind == "gp" and self.halving:
+            raise ValueError(
+                "sampler: 'gp' learns from trials that reach the end, of which `halving` leaves few; 'tpe' from all"
+            )
+        if kind == "grid" and (most := math.prod(map(self._most_points, varied.values()))) > MAX_CELLS:
+            raise ValueError(f"sampler: its grid may have {most} points, at most {MAX_CELLS} are allowed")
         if kind == "grid" and self.trials > (size := len(self.grid())):
             raise ValueError(f"trials: the sampler's grid has {size} points, but got {self.trials}")
 
@@ -286,7 +294,10 @@ class Search(Strict):
         for point in found:
             if ARMS[str(point.get("arm", self.space.arm.corners[0]))].penalty == "none":
                 point.pop("beta", None)
-        return [point for index, point in enumerate(found) if point not in found[:index]]
+        return [dict(point) for point in dict.fromkeys(tuple(point.items()) for point in found)]
+
+    def _most_points(self, item: Axis) -> int:
+        return self.sampler.points if item.values is None else len(item.values)
 
     @property
     def goal_names(self) -> list[str]:
@@ -319,6 +330,7 @@ def _points(item: Axis, count: int, whole: bool) -> list[Scalar]:
         points = [item.low * (item.high / item.low) ** share for share in shares]
     else:
         points = [item.low + (item.high - item.low) * share for share in shares]
+    points[-1] = item.high  # which rounding may miss
     return list(dict.fromkeys(round(point) for point in points)) if whole else points
 
 

@@ -206,7 +206,7 @@ def _weight_findings(table: pd.DataFrame, weight: str) -> list[str]:
         group = group[group[other] == group[other].min()]
         low, high = group[weight].min(), group[weight].max()
         if low < high:
-            setting = f"VAE, {md.latents(latent_dim)}, {md.words(other)} = {md.value(group[other].iloc[0])}"
+            setting = f"VAE, {drawing.latents(latent_dim)}, {md.words(other)} = {md.value(group[other].iloc[0])}"
             changes = " and ".join(_change(group, weight, metric) for metric in ("test/kl", "test/reconstruction"))
             found.append(f"{setting}: raising {md.words(weight)} from {md.value(low)} to {md.value(high)} {changes}.")
     return found
@@ -230,7 +230,7 @@ def _threshold_findings(table: pd.DataFrame) -> list[str]:
             starts = {beta: _first_l2(cells, metric, most) for beta, cells in group.groupby("beta")}
             told = [f"{md.value(start)} at β = {md.value(beta)}" for beta, start in starts.items() if start is not None]
             if told:
-                found.append(f"VAE, {md.latents(latent_dim)}: {effect} in any seed from λ = {', '.join(told)} on.")
+                found.append(f"VAE, {drawing.latents(latent_dim)}: {effect} in any seed from λ = {', '.join(told)} on.")
     return found
 
 
@@ -323,7 +323,7 @@ def _neighbour_sentence(pca: pd.DataFrame) -> str:
     if known.empty:
         return ""
     of_codes = ", ".join(
-        f"{intervals.plain(row['knn_accuracy'])} ({md.latents(row['latent_dim'])})" for _, row in known.iterrows()
+        f"{intervals.plain(row['knn_accuracy'])} ({drawing.latents(row['latent_dim'])})" for _, row in known.iterrows()
     )
     raw = intervals.plain(known["raw_knn_accuracy"].iloc[0])
     return f"k-NN accuracy, for comparison: PCA's codes {of_codes}; the raw inputs {raw}."

@@ -33,7 +33,7 @@ from pipeline.storages import Searcher, SearchError
 if TYPE_CHECKING:
     import optuna
 
-MOST_ASKED = 3  # trials that are asked at most, as a multiple of the target count
+MOST_ASKED = 3  # trials that are asked at most, as a multiple of the target count, and a batch more
 GRID = "grid"  # state of a trial that is a cell of the study's grid
 SETTINGS = ("arm", "beta", "latent_dim", "l2", "sigma2", "learning_rate")
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
@@ -239,11 +239,11 @@ class Trials:
         return {"trial": None, "cell_id": trial.user_attrs["cell_id"], **settings, **named, "on_front": trial.number in front}
 
     def rungs_table(self) -> pd.DataFrame:
-        """Values of the search's own trials at each rung that they reached."""
+        """Values of the search's own ended trials at each rung that they reached."""
         names = self.search.goal_names
         rows = [
             {"trial": _ordinal(trial), "update": update, **dict(zip(names, values, strict=True))}
-            for trial in sorted(self.own(), key=_ordinal)
+            for trial in sorted(self.own("COMPLETE", "PRUNED", "FAIL"), key=_ordinal)
             for update, values in _rungs(trial)
         ]
         return pd.DataFrame(rows, columns=["trial", "update", *names])
@@ -343,7 +343,8 @@ class Trials:
 
     def _draw(self, batch: Batch, ordinals: Sequence[int]) -> Batch | None:
         """Draws members of a batch, and enters them into the storage."""
-        drawn_trials = proposals.drawn(self.search, self.study.directions, self._known(), ordinals)
+        known = [*self.grid(), *sorted(self.own(), key=_ordinal)]  # as they were drawn, however often they were run anew
+        drawn_trials = proposals.drawn(self.search, self.study.directions, known, ordinals)
         for ordinal, drawn in zip(ordinals, drawn_trials, strict=True):
             values = (ordinal, batch.name, batch.first, batch.size, self._key(self.cell(drawn.params)))
             self._enter(drawn, dict(zip(PLACE, values, strict=True)))
@@ -461,7 +462,7 @@ class Trials:
             kept = [ranked[index] for index in halving.survivors(points, self.search.halving)]
         if self.search.pruner:
             frozen = {trial.number: trial for trial in self._all()}
-            kept = [member for member in kept if not self.study.pruner.prune(self.study, frozen[member.number])]
+            kept = [member for member in kept if not self._is_pruned(frozen[member.number])]
         decision = {
             "of": [member.ordinal for member in batch.running],
             "go on": [member.ordinal for member in batch.running if member in kept or member not in [*ranked, *failed]],
@@ -470,6 +471,11 @@ class Trials:
         }
         self.study.set_user_attr(f"rung {batch.name} {update}", decision)
         return decision
+
+    def _is_pruned(self, trial: optuna.trial.FrozenTrial) -> bool:
+        with _unless_ended():  # some of Optuna's pruners note in the trial how far it came
+            return bool(self.study.pruner.prune(self.study, trial))
+        return False
 
     def _minimised(self, values: Sequence[float]) -> list[float]:
         return [-value if goal.maximised else value for value, goal in zip(values, self.search.objectives, strict=True)]

@@ -72,6 +72,8 @@ MISTAKES = [
     (HALVED, "halving: 2\n", "rungs are where `halving` or `pruner` let trials leave: neither stands without the other"),
     ("halving: 2", "halving: 1", "halving: Input should be greater than or equal to 2, but got 1"),
     ("kind: tpe", "kind: tpe, points: 3", "sampler: points: only the sampler 'grid' has them, but got kind 'tpe'"),
+    ("kind: tpe", "kind: gp", "sampler: 'gp' learns from trials that reach the end, of which `halving` leaves few"),
+    ("kind: tpe", "kind: grid, points: 100000", "sampler: its grid may have 10000000000 points, at most 20000 are allowed"),
     ("kind: tpe", "kind: cmaes", "sampler.kind: Input should be 'tpe'"),
     (
         "trials: 12",
@@ -132,6 +134,13 @@ def test_the_samplers_grid_is_the_product_of_what_varies(load):
     assert len(points) == 9
     assert {point["latent_dim"] for point in points} == {1, 3, 8}
     assert [round(point["beta"], 6) for point in points[::3]] == [0.1, round(0.4**0.5, 6), 4.0]
+
+
+def test_the_samplers_grid_ends_where_the_range_does(load):
+    """13 * (57 / 13) is more than 57."""
+    text = SEARCH.replace("kind: tpe", "kind: grid, points: 3").replace("trials: 12", "trials: 9")
+    points = load(text.replace("low: 0.1, high: 4", "low: 13, high: 57")).grid()
+    assert max(point["beta"] for point in points) == 57
 
 
 def test_an_arm_without_a_penalty_stands_once_in_the_grid(load):

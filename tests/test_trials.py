@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import socket
 import time
@@ -13,7 +14,7 @@ from pipeline.artifacts import CellStore
 from pipeline.grid import Runtime
 from pipeline.searches import Search
 from pipeline.storages import SearchError, open_storage
-from pipeline.trials import Trials
+from pipeline.trials import Trials, _ordinal
 
 ONE = ({"metric": "validation/elbo", "direction": "up"},)
 TWO = ({"metric": "validation/mse", "direction": "down"}, {"metric": "validation/kl", "direction": "down"})
@@ -57,7 +58,7 @@ def search_through(search: Search, storage, batches: int = 99, slowly: float = 0
         while batches and (batch := trials.next()):
             for update in trials.rungs:
                 time.sleep(slowly)
-                decision = trials.decide(batch, update, measured(batch, count))
+                decision = trials.decision(batch, update) or trials.decide(batch, update, measured(batch, count))
                 trials.leave(batch, update, decision)
             values = measured(batch, count)
             trials.finish(batch, values, {key: {"score": found[0], "updates": 100} for key, found in values.items()})
@@ -233,6 +234,29 @@ def test_a_third_machine_asks_while_two_draw_the_same_and_all_reach_the_target()
             assert sorted(member.ordinal for batch in [*batches, *asked] for member in batch.running) == list(range(8))
         standing = search_through(search, storage).standing()  # the rest; the others still live
         assert (standing.ended, standing.running) == (4, 8)
+
+
+def test_what_is_drawn_does_not_show_that_every_batch_was_taken_over_at_a_rung():
+    """From 25 trials on, TPE weighs them by their order."""
+    search = a_search(**HALVED, trials=44)
+    with open_storage("sqlite:///whole.db") as storage:
+        whole = drawn(search_through(search, storage))
+    with open_storage("sqlite:///optuna.db") as storage:
+        while not (trials := trials_of(search, storage)).standing().reached:
+            with contextlib.suppress(KeyboardInterrupt), trials.searcher:
+                batch = trials.next()
+                trials.leave(batch, 25, trials.decide(batch, 25, measured(batch, 1)))
+                raise KeyboardInterrupt
+            assert set(trials.rungs_table()["trial"]) <= set(map(_ordinal, trials.own("COMPLETE", "PRUNED")))
+            search_through(search, storage, batches=1)
+        assert [trial.params for trial in sorted(trials.own(), key=_ordinal)] == whole
+
+
+def test_a_batch_is_a_generation_of_nsga2_also_where_most_of_it_leaves():
+    search = a_search(sampler={"kind": "nsga2"}, batch=8, trials=24, **FRONT, **HALVED)
+    with open_storage("sqlite:///optuna.db") as storage:
+        found = [trial.system_attrs["NSGAIISampler:generation"] for trial in search_through(search, storage).own()]
+    assert found == [0] * 8 + [1] * 8 + [2] * 8
 
 
 def test_two_machines_that_take_over_the_same_batch_prune_nobody_untrained():

@@ -1,4 +1,4 @@
-"""Report: every table becomes `reports/report.md` and its figures. From files alone; equal tables give equal bytes."""
+"""Report: every table becomes `reports/report.md` and its figures. From files alone; equal files and packages, equal bytes."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def _curves(results: StudyResults) -> pd.DataFrame:
         results.history[["cell_id", "update", "validation_loss"]].merge(cells, on="cell_id").replace([np.inf, -np.inf], np.nan)
     )
     summary = intervals.summarise(table, ["arm", "beta", "latent_dim", "update"], ["validation_loss"])
-    summary["panel"] = [f"{results.name}, {md.latents(count)}" for count in summary["latent_dim"]]
+    summary["panel"] = [f"{results.name}, {drawing.latents(count)}" for count in summary["latent_dim"]]
     return summary
 
 

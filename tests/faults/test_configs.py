@@ -224,7 +224,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_name_is_refused_wherever_a_name_stands(project, name):
+def test_a_hostile_name_is_refused_wherever_a_name_stands(project, name, figure):
     quoted = '"' + name.replace("\0", "\\0").replace("\n", "\\n") + '"'
     with pytest.raises(ConfigError):
         load_study(name)
@@ -240,6 +240,7 @@ def test_a_hostile_name_is_refused_wherever_a_name_stands(project, name):
         Path("params.yaml").write_text(PARAMS.replace(right, right.replace("tiny", quoted), 1))
         with pytest.raises(ConfigError):
             load_settings()
+    figure("a name, refused at 5 places")
 
 
 TEXTS = [
