@@ -114,8 +114,8 @@ def _gain(results: SearchResults) -> str:
             [_on_test(goal), intervals.with_half_width(intervals.seed_interval(winner[goal.on_test]))]
             for goal in _goals(search)
         ]
-        grid = "none of the grid's settings was measured" if results.about["grid_cells"] else "there is no grid"
-        return md.join(f"{named}; {grid} to compare it with.", md.table(["test set", "winner"], rows))
+        other = "no setting of the grid was measured on these seeds" if results.about["grid_cells"] else "there is no grid"
+        return md.join(f"{named}; {other} to compare it with.", md.table(["test set", "winner"], rows))
     grid = sides[sides["side"] == "grid"]
     seeds = sorted(set(winner["seed"]) & set(grid["seed"]))
     difference = _paired(sides, search.chooses)
