@@ -87,7 +87,7 @@ TASKS = {
     "digits5k": Task(
         {"name": "digits5k"},
         {**IMAGES, "train": {"updates": 600, "learning_rate_schedule": COSINE}, "trials": 64},
-        batch=16,
+        batch=8,
         halved={"batch": 8, "rungs": (0.125, 0.375), "halving": 2},
         storage="sqlite:///optuna.db",
     ),
