@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline import databases
-from pipeline.config import VaesweepError, load_settings, load_study
+from pipeline.config import PARAMS_FILE, ConfigError, VaesweepError, config_path, load_settings, load_study, nearest
 
 if TYPE_CHECKING:
     from pipeline.executors import Advance
@@ -70,17 +70,32 @@ def _leave(ctx: click.Context, code: int) -> None:
     ctx.exit(code)
 
 
-def _known(ctx: click.Context, parameter: click.Parameter, name: str) -> str:
-    """The name of a study or a search whose file is right: mistakes are told before anything heavy is imported."""
+def _study(ctx: click.Context, parameter: click.Parameter, name: str) -> str:
+    """The name of a study whose file is right: mistakes are told before anything heavy is imported."""
+    from pipeline.datasets import check_config
+
+    if name in load_settings().every_search:
+        raise ConfigError(f"{config_path(name)}: is a search, which `vaesweep search {name}` runs")
+    check_config(name, load_study(name).data)
+    return name
+
+
+def _search(ctx: click.Context, parameter: click.Parameter, name: str) -> str:
+    """The name of a listed search whose file is right."""
     from pipeline.datasets import check_config
     from pipeline.searches import load_search
 
-    if name in load_settings().every_search:
-        search, study = load_search(name)
-        check_config(search.study or name, study.data if study else search.data)
-    else:
-        check_config(name, load_study(name).data)
+    if name not in (known := load_settings().every_search):
+        listed = f"{nearest(name, known)}; there are: {', '.join(known) or 'none'}"
+        raise ConfigError(f"{PARAMS_FILE}: lists no search {name[:80]!r}{listed}")
+    search, study = load_search(name)
+    check_config(search.study or name, study.data if study else search.data)
     return name
+
+
+def _with_data(ctx: click.Context, parameter: click.Parameter, name: str) -> str:
+    """The name of a study, or of a search that has its data in its own file."""
+    return (_search if name in load_settings().searches_alone else _study)(ctx, parameter, name)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -103,7 +118,7 @@ def code() -> None:
 
 
 @main.command()
-@click.argument("study", callback=_known)
+@click.argument("study", callback=_with_data)
 def prepare(study: str) -> None:
     """Fetch or generate a study's data, verify and split it."""
     from pipeline.stages import prepare as stage
@@ -112,7 +127,7 @@ def prepare(study: str) -> None:
 
 
 @main.command()
-@click.argument("study", callback=_known)
+@click.argument("study", callback=_study)
 def train(study: str) -> None:
     """Train every cell of a study that has not been trained yet."""
     from pipeline.stages import train as stage
@@ -122,7 +137,7 @@ def train(study: str) -> None:
 
 
 @main.command()
-@click.argument("study", callback=_known)
+@click.argument("study", callback=_study)
 def evaluate(study: str) -> None:
     """Measure a study's cells on the test set, clean and corrupted."""
     from pipeline.stages import evaluate as stage
@@ -131,7 +146,7 @@ def evaluate(study: str) -> None:
 
 
 @main.command()
-@click.argument("study", callback=_known)
+@click.argument("study", callback=_study)
 def prune(study: str) -> None:
     """Find out which latent dimensions a study's decoders use."""
     from pipeline.stages import prune as stage
@@ -140,7 +155,7 @@ def prune(study: str) -> None:
 
 
 @main.command()
-@click.argument("search", callback=_known)
+@click.argument("search", callback=_search)
 def search(search: str) -> None:
     """Search settings with Optuna, a batch of trials as stacks, halved at rungs."""
     from pipeline.stages import search as stage
@@ -158,7 +173,7 @@ def report() -> None:
 
 
 @main.command()
-@click.argument("study", callback=_known)
+@click.argument("study", callback=_study)
 def plan(study: str) -> None:
     """Show what a study would train, and what that would cost, before anything is spent."""
     from pipeline.stages import plan as stage

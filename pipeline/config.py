@@ -67,7 +67,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 Scalar = bool | int | float | str
 
 
@@ -601,7 +602,7 @@ def load_settings(path: Path = PARAMS_FILE) -> Settings:
 def config_path(name: str, folder: Path = CONFIG_FOLDER) -> Path:
     """The YAML of a study or a search. Raises ConfigError."""
     path = folder / f"{name}.yaml"
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) and path.is_file():
+    if re.fullmatch(NAME, name) and path.is_file():
         return path
     known = sorted(p.stem for p in folder.glob("*.yaml"))
     raise ConfigError(f"{folder}/: there is no config {name[:80]!r}{nearest(name, known)}; there are: {', '.join(known)}")

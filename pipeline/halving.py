@@ -6,6 +6,7 @@ trials rank by non-dominated sorting and crowding distance: Deb et al., "NSGA-II
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -23,18 +24,13 @@ def rung_updates(shares: Sequence[float], points: Sequence[int]) -> list[int]:
 
 def costs(size: int, factor: int, rungs: Sequence[int]) -> list[int]:
     """Updates that a batch takes up to each rung and, last, to its end, if no trial leaves for another reason."""
-    found, alive, start = [], size, 0
-    for update in rungs:
-        found.append(alive * (update - start))
-        alive, start = math.ceil(alive / factor), update
-    return found
+    steps = (update - before for before, update in itertools.pairwise([0, *rungs]))
+    return [finishing(size, factor, number) * step for number, step in enumerate(steps)]
 
 
 def finishing(size: int, factor: int, rungs: int) -> int:
-    """How many of a batch reach its end, if none leaves for another reason."""
-    for _ in range(rungs):
-        size = math.ceil(size / factor)
-    return size
+    """How many of a batch go on after so many rungs, if none leaves for another reason."""
+    return size if rungs == 0 else finishing(math.ceil(size / factor), factor, rungs - 1)
 
 
 def survivors(values: Sequence[Point], factor: int) -> list[int]:

@@ -35,11 +35,22 @@ def test_configs_are_checked_without_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "prune", "search", "plan"])
-def test_a_wrong_name_is_one_line_and_a_non_zero_exit(command):
-    result = CliRunner().invoke(main, [command, "digitz"])
+@pytest.mark.parametrize(
+    ("command", "name", "told"),
+    [
+        *((command, "digitz", "did you mean 'digits'?") for command in ("prepare", "train", "evaluate", "prune", "plan")),
+        *(
+            (command, "kl_weight", "is a search, which `vaesweep search kl_weight` runs")
+            for command in ("prepare", "train", "evaluate", "prune", "plan")
+        ),
+        ("search", "kl_weigth", "lists no search 'kl_weigth' (did you mean 'kl_weight'?); there are: kl_weight, bound"),
+        ("search", "digits", "lists no search 'digits'; there are: kl_weight, bound"),
+    ],
+)
+def test_a_wrong_name_is_one_line_and_a_non_zero_exit(command, name, told):
+    result = CliRunner().invoke(main, [command, name])
     assert result.exit_code == 1
-    assert len(result.output.strip().splitlines()) == 1 and "digits" in result.output
+    assert len(result.output.strip().splitlines()) == 1 and told in result.output
 
 
 def test_debug_shows_the_error_itself():
