@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -35,6 +36,7 @@ FORMAT_VERSION = 1
 CHECKPOINT_VERSION = 3
 MAX_HEADER = 100_000_000  # as safetensors has it
 WORDS, BLANK = "vaesweep", 64 * "0"
+TABLE_SEAL = re.compile(rb"(?:^|,)format ([0-9]{1,9}) ([0-9a-f]{64})\r?$")
 RENEW = "the stage that wrote it writes it anew"
 _intact: dict[Path, tuple[int, int, int]] = {}
 
@@ -131,18 +133,24 @@ def _changed(path: Path) -> DamagedError:
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Writes a table as CSV, its last column the format version; floats keep the digits that tell them apart."""
-    write_bytes(path, table.assign(format=FORMAT_VERSION).to_csv(index=False, lineterminator="\n").encode())
+    """Writes a table as CSV; floats keep the digits that tell them apart.
+
+    The name of its last column, which is empty, holds a format version and the file's SHA-256, as `write_tensors` takes it.
+    """
+    content = table.assign(**{f"format {FORMAT_VERSION} {BLANK}": ""}).to_csv(index=False, lineterminator="\n").encode()
+    write_bytes(path, content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1))
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Reads a table that `write_table` wrote; `cell_id` stays text. Raises ArtifactError."""
+    """Reads a table that `write_table` wrote; `cell_id` stays text. Raises ArtifactError, also where a bit has changed."""
     with _reading(path, ValueError):
-        table = pd.read_csv(path, dtype={"cell_id": str}, float_precision="round_trip")
-    versions = table.pop("format").unique().tolist() if "format" in table else [None]
-    for version in versions:
-        _check_format(path, {"format": version})
-    return table
+        content = path.read_bytes()
+    written = TABLE_SEAL.search(content.partition(b"\n")[0])
+    _check_format(path, {"format": int(written[1])} if written else None)
+    if hashlib.sha256(content.replace(written[2], BLANK.encode(), 1)).hexdigest() != written[2].decode():
+        raise _changed(path)
+    with _reading(path, ValueError):
+        return pd.read_csv(io.BytesIO(content), dtype={"cell_id": str}, float_precision="round_trip").iloc[:, :-1]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
@@ -173,7 +181,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
-    with _reading(path, ValueError, SafetensorError):
+    with _reading(path, ValueError, RecursionError, SafetensorError):
         check_intact(path)
         with safe_open(path, "pt", device=device) as file:
             _check_format(path, _words(file))
@@ -271,7 +279,7 @@ def _rows(path: Path) -> dict[str, Progress]:
 
 
 class CellStore:
-    """Finished cells and the checkpoints of unfinished stacks, addressed by content; safe to delete at any time."""
+    """Finished cells and the checkpoints of unfinished stacks, addressed by content; safe to delete while nothing runs."""
 
     def __init__(self, root: Path | None = None):
         self.root = root or main_checkout() / ".vaesweep"
@@ -301,6 +309,10 @@ class CellStore:
     def save_unfinished(self, cell_id: str, record: Mapping[str, Any]) -> None:
         """Keeps how the training of a cell had gone that a search gave up."""
         write_json(self._unfinished(cell_id), record)
+
+    def take_up(self, cell_id: str) -> None:
+        """Trains a cell that was given up again: from now on others keep its checkpoints."""
+        self._unfinished(cell_id).unlink(missing_ok=True)
 
     def _unfinished(self, cell_id: str) -> Path:
         return self.root / "unfinished" / f"{cell_id}.json"

@@ -26,6 +26,9 @@ TOLD_FROM = 0.03  # share of a search after which its time left is told
 PARENT_POLL_SECONDS = 0.2
 SECONDS_TO_END = 4.5  # after a signal
 ORPHAN_SECONDS = 0.6  # in which a checkpoint may be taken
+ONE_REQUEST_SECONDS = 1.0  # in which several signals are one request, as when a whole group is told to end
+
+_ending = threading.Event()
 
 
 class Group(click.Group):
@@ -53,12 +56,17 @@ def _is_users(error: BaseException) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    """What went wrong. An OSError is the system's refusal: a folder that is read-only, a disk that is full."""
+    """What went wrong, without characters that steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(_told(error).split())) or "interrupted"
+
+
+def _told(error: BaseException) -> str:
+    """An OSError is the system's refusal: a folder that is read-only, a disk that is full."""
     if isinstance(error, (RuntimeError, MemoryError)):
         return " ".join(["memory ran out:", *str(error).splitlines()[:1]])
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or "interrupted"
+    return str(error)
 
 
 def _leave(ctx: click.Context, code: int) -> None:
@@ -211,8 +219,7 @@ def ui(host: str, port: int) -> None:
     """Open the MLflow UI on the runs of this project."""
     from pipeline import tracking
 
-    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # for pages that no study has, and a way in
-    os.execvp(sys.executable, tracking.ui_command(host, port))
+    tracking.become_ui(host, port)
 
 
 def _show(name: str, advances: Iterable[Advance]) -> None:
@@ -289,11 +296,15 @@ def _in_words(name: str, step: Step, left: float | None) -> str:
 def _stoppable() -> Iterator[Callable[[], int | None]]:
     """While training: SIGINT and SIGTERM ask for a checkpoint and an end; a second one, or one not obeyed, ends at once."""
     asked: list[int] = []
+    start = math.inf
 
     def ask(number: int, frame: Any) -> None:
-        if asked:
+        nonlocal start
+        if time.monotonic() - start > ONE_REQUEST_SECONDS:
             os._exit(128 + number)
+        start = min(start, time.monotonic())
         asked.append(number)
+        _ending.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     numbers, wakeup = os.pipe()
@@ -340,6 +351,8 @@ def _die_with_dvc() -> None:
     def watch() -> None:
         while not gone():
             time.sleep(PARENT_POLL_SECONDS)
+        if _ending.is_set():
+            return
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)
         os._exit(128 + signal.SIGTERM)

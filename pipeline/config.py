@@ -11,14 +11,14 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from pipeline.measures import MEASURES
 from pipeline.measures import find as find_measure
@@ -26,7 +26,7 @@ from pipeline.measures import find as find_measure
 CONFIG_FOLDER = Path("configs")
 PARAMS_FILE = Path("params.yaml")
 MAX_CELLS = 20_000
-MAX_BYTES = 200_000  # a second's reading
+MAX_BYTES = 100_000  # a second's reading
 MAX_VALUES = 50_000
 
 
@@ -205,7 +205,7 @@ class Train(Strict):
     shuffle: bool = Field(True, description="whether each epoch has an order of its own; if not, rows come as they are")
     noise: TrainNoise | None = Field(None, description="corruption of the training images; none where not given")
     clip_norm: Positive | None = Field(None, description="largest gradient norm of a cell")
-    history_points: Annotated[int, Field(ge=10)] = Field(40, description="how often losses are recorded")
+    history_points: Annotated[int, Field(ge=10, le=1000)] = Field(40, description="how often losses are recorded")
     keep: Literal["best", "last"] = Field("best", description="which weights are evaluated: best on validation, or last")
 
     @model_validator(mode="after")
@@ -242,6 +242,12 @@ class Evaluate(Strict):
         if len({noise.kind for noise in self.noise}) < len(self.noise):
             raise ValueError("each kind of noise may stand once, with all its levels")
         return self
+
+    def between_of(self, names: Sequence[str]) -> list[int]:
+        """The places of `between` among a dataset's classes. Raises ConfigError where it lacks one."""
+        if missing := [name for name in self.between or () if name not in names]:
+            raise ConfigError(f"evaluate.between: must name two of the classes {list(names)}, but got '{missing[0]}'")
+        return [names.index(name) for name in self.between or ()]
 
 
 Choice = Scalar | axis(Scalar)
@@ -634,13 +640,16 @@ def _text(path: Path) -> str:
 
 def _check_size(root: Node | None) -> None:
     """By aliases and merged keys, a few lines can stand for billions of values, or for themselves. Raises ValueError."""
-    waiting = [root]
+    waiting, characters = [root], 0
     for seen in itertools.count(1):
         if not waiting:
             return
         if seen + len(waiting) > MAX_VALUES:
             raise ValueError(f"it holds more than {MAX_VALUES} values")
         node = waiting.pop()
+        characters += len(node.value) if isinstance(node, ScalarNode) else 0
+        if characters > 2 * MAX_BYTES:
+            raise ValueError(f"its values have more than {2 * MAX_BYTES} characters")
         if isinstance(node, MappingNode):
             waiting += itertools.chain(*node.value)
         elif isinstance(node, SequenceNode):
@@ -685,20 +694,28 @@ def _keys(content: Any, location: tuple) -> set:
 
 
 def _fields(model: Any, location: list) -> list[str]:
+    """The keys that may stand at a place, in any of the models that may."""
     schema = model.model_json_schema()
-    node = schema
+    nodes = [schema]
     for part in location:
-        node = _resolve(schema, node)
-        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
-    return list(_resolve(schema, node).get("properties", {}))
+        parts = [_part(node, part) for node in _resolved(schema, nodes)]
+        nodes = [node for node in parts if isinstance(node, dict)]
+    return list(dict.fromkeys(name for node in _resolved(schema, nodes) for name in node.get("properties", {})))
 
 
-def _resolve(schema: dict, node: dict) -> dict:
-    options = [node, *node.get("anyOf", [])]
-    for option in options:
-        if "$ref" in option:
-            return schema["$defs"][option["$ref"].split("/")[-1]]
-    return node
+def _part(node: dict, part: str | int) -> Any:
+    return node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items")
+
+
+def _resolved(schema: dict, nodes: list[dict]) -> Iterator[dict]:
+    """The models behind references and alternatives."""
+    for node in nodes:
+        if "$ref" in node:
+            yield from _resolved(schema, [schema["$defs"][node["$ref"].split("/")[-1]]])
+        elif alternatives := node.get("anyOf") or node.get("oneOf"):
+            yield from _resolved(schema, alternatives)
+        else:
+            yield node
 
 
 def nearest(name: str, known: list[str]) -> str:

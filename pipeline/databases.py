@@ -80,10 +80,14 @@ def _pragma(connection: sqlite3.Connection, text: str) -> Any:
 
 def check_answers(uri: str, seconds: float = SECONDS_TO_ANSWER) -> None:
     """Whether a database server can be reached, before its client tries for minutes. Raises OSError."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+        given = parts.port
+    except ValueError as error:
+        raise OSError(f"is no URL: {error}") from error
     port = PORTS.get(parts.scheme.split("+")[0])
     if port and parts.hostname:
-        address = (parts.hostname, parts.port or port)
+        address = (parts.hostname, given or port)
         within(seconds, lambda: socket.create_connection(address).close())
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline import latents, metrics
 from pipeline.artifacts import Prepared, TrainedStack
-from pipeline.config import ConfigError, Evaluate
+from pipeline.config import Evaluate
 from pipeline.corruption import corrupt
 from pipeline.measures import RADIUS
 from pipeline.objective import LOG_2PI, Objective, kl_per_latent
@@ -129,18 +129,12 @@ class Reference:
         Of the two classes in `evaluate.between`; else each row and the next, where their classes differ or none do.
         """
         if self.evaluate.between:
-            ends = [(self.labels["test"] == index).nonzero()[:, 0] for index in self._between()]
+            between = self.evaluate.between_of(self.data.class_names or ())
+            ends = [(self.labels["test"] == index).nonzero()[:, 0] for index in between]
             return torch.stack([end[: min(map(len, ends))] for end in ends], dim=1)[:PATHS]
         pairs = torch.arange(len(self.x["test"])).unfold(0, 2, 1)
         changes = self.labels["test"].diff() != 0 if self.labels else torch.ones(len(pairs), dtype=torch.bool)
         return (pairs[changes] if changes.any() else pairs)[:PATHS]
-
-    def _between(self) -> list[int]:
-        names = self.data.class_names or ()
-        for name in self.evaluate.between:
-            if name not in names:
-                raise ConfigError(f"evaluate.between: must name two of the classes {list(names)}, but got '{name}'")
-        return [names.index(name) for name in self.evaluate.between]
 
 
 class _Lazy(Mapping):

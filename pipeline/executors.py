@@ -284,6 +284,8 @@ class _LocalExecutor(ABC):
         if until is not None:  # at its very end, where a checkpoint may be left too, a cell must be in the store
             missing = {k: cell for k, cell in missing.items() if reached_by.get(k, 0) < until or until == cell.train.updates}
         _check(missing, data)
+        for key in missing:
+            self.store.take_up(key)
         groups = self._stacks(missing, reached_by, data.features)
         budgets = [until or missing[keys[0]].train.updates for keys in groups]
         reached = [0] * len(groups)

@@ -10,6 +10,7 @@ from pipeline.artifacts import Prepared, TrainedStack
 from pipeline.config import Evaluate
 from pipeline.evaluation import Measured, Reference, measured_one, noise_curves
 from pipeline.grid import Cell
+from pipeline.measures import MEASURES
 from pipeline.mlp import one_thread
 from pipeline.model import StackedAutoencoder
 from pipeline.searches import Goal
@@ -28,10 +29,11 @@ class Judge:
         }
 
     def lacking(self, cell: Cell) -> list[Goal]:
-        """Goals that no such cell has, as an untrained one shows."""
+        """Goals that no such cell has, as an untrained one shows; not those that only a trained one can have."""
         model = StackedAutoencoder([cell, cell], self.features, self.device).initialise()
         values = self.values([TrainedStack(["untrained"] * 2, model, 0)])["untrained"]
-        return [goal for goal, value in zip(self.goals, values, strict=True) if value is None]
+        lacking = [goal for goal, value in zip(self.goals, values, strict=True) if value is None]
+        return [goal for goal in lacking if not MEASURES[goal.measure].learned]
 
     def values(self, stacks: Iterable[TrainedStack]) -> Values:
         """A cell's values do not depend on its neighbours, as in training."""

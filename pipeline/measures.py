@@ -6,14 +6,16 @@ or of the pruning analysis (`prune`); a test compares them with this list. Studi
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
 class Measure(NamedTuple):
-    """Words, and the least step of what is counted."""
+    """Words, the least step of what is counted, and whether a model may lack it for want of training."""
 
     label: str
     step: float = 0.0
+    learned: bool = False
 
 
 ONE = 1.0  # a count
@@ -23,6 +25,7 @@ SHARE = 0.001  # of rows or values, of which there are about a thousand
 AXIS_WORDS = {"beta": "β", "l2": "λ", "sigma2": "σ²", "train_noise": "noise level in training", "latent_dim": "latents"}
 """Words for axes in plots, where they differ from the axes' names."""
 RADIUS = "radius/"  # and the name of a class
+CLASS = re.compile(r"[\w .,/&'()+-]{1,64}")
 MEASURES = {
     # One sample each of the test set
     "test/reconstruction": Measure("reconstruction (nats)"),
@@ -50,10 +53,10 @@ MEASURES = {
     "latent/non_normality": Measure("Henze–Zirkler statistic over its 5% critical value"),
     "latent/kurtosis": Measure("mean excess kurtosis of the latents"),
     "latent/utilisation": Measure("latent utilisation"),
-    "latent/on_lines": Measure("share of codes along two lines, above that of random directions"),
+    "latent/on_lines": Measure("share of codes along two lines, above that of random directions", learned=True),
     "latent/trustworthiness": Measure("trustworthiness"),
     "latent/silhouette": Measure("silhouette of the classes"),
-    "latent/dependence": Measure("total correlation of active latents (nats a latent)"),
+    "latent/dependence": Measure("total correlation of active latents (nats a latent)", learned=True),
     # The decoder
     "decoder/sensitivity": Measure("output change for a step of 0.1 deviations in z"),
     "decoder/folds": Measure("folds of the decoded line", step=ONE),
@@ -73,7 +76,7 @@ MEASURES = {
     "noise/mse_clean": Measure("squared error from the clean input"),
     "noise/mse_noisy": Measure("squared error from the corrupted input"),
     "noise/left": Measure("error where inputs were changed, as a share of the mean image's"),
-    "noise/rise": Measure("rise of the error, as a share of the variance explained of clean input"),
+    "noise/rise": Measure("rise of the error, as a share of the variance explained of clean input", learned=True),
     # Pruning
     "prune/active_units": Measure("active units", step=ONE),
     "prune/elbow_column_sum": Measure("elbow of |column sum|", step=ONE),
@@ -87,6 +90,6 @@ MEASURES = {
 
 def find(name: str) -> Measure | None:
     """The measure of this name, or None."""
-    if name.startswith(RADIUS) and name != RADIUS:
+    if name.startswith(RADIUS) and CLASS.fullmatch(name.removeprefix(RADIUS)):
         return Measure(f"distance of class {name.removeprefix(RADIUS)} from the centre")
     return MEASURES.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ def drawn(
         warnings.simplefilter("ignore")
         if kind == "grid":
             points = search.grid()
+            random.Random(search.sampler.seed).shuffle(points)  # fewer trials than points then cover all of it
             for point in (points[ordinal] for ordinal in ordinals):
                 yield optuna.trial.create_trial(
                     state=optuna.trial.TrialState.RUNNING, params=point, distributions=distributions(search.space, point)

@@ -19,7 +19,7 @@ STATE_COLOURS = {"complete": "#0072b2", "pruned": "#bbbbbb", "failed": "#cc79a7"
 STATE_LABELS = {
     "complete": "finished trial",
     "pruned": "trial that left at a rung",
-    "failed": "trial that diverged",
+    "failed": "trial that failed",
     "grid": "cell of the grid",
 }
 STATE_MARKERS = {"complete": "o", "pruned": ".", "failed": "x", "grid": "s"}
@@ -50,7 +50,9 @@ def front(search: Search, trials: pd.DataFrame) -> Figure:
         _points(ax, rows, x.name, y.name, state)
     _mark_best(ax, valued, x.name, y.name)
     drawing.label_edges(axes, _label(x), _label(y))
-    for _, curve in valued[valued["state"] == "grid"].groupby(["arm", "latent_dim", "l2", "learning_rate"]):
+    for _, curve in valued[valued["state"] == "grid"].groupby(
+        ["arm", "latent_dim", "l2", "sigma2", "learning_rate"], dropna=False
+    ):
         curve = curve.sort_values("beta")
         ax.plot(curve[x.name], curve[y.name], color=STATE_COLOURS["grid"], linewidth=1.0, alpha=0.5, zorder=1.5)
     line = Line2D([], [], color="#444444", linewidth=1.0, label="Pareto front")

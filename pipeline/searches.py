@@ -38,6 +38,7 @@ from pipeline.config import (
     nearest,
     text,
 )
+from pipeline.databases import without_password
 from pipeline.measures import MEASURES
 
 HELD_OUT = "validation/"  # what a search calls the measures of group `test/`: it takes all measures on the validation set
@@ -112,6 +113,8 @@ class Space(Strict):
             first = error.errors()[0]
             name = next((name for name in (*corners, "beta") if name in first["loc"]), "arm")
             raise ValueError(f"{name}: {first['msg']}, but got {first['input']!r:.80}") from None
+        if not penalised and not self.beta.fixed:
+            raise ValueError(f"beta: arm '{next(iter(arms))}' has none, so it cannot be varied")
         return self
 
     @property
@@ -242,7 +245,7 @@ class Search(Strict):
     rungs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((), description="shares of the budget at which trials leave")
     halving: Annotated[int, Field(ge=2)] | None = Field(None, description="at each rung one in so many of a batch goes on")
     pruner: Pruner | None = None
-    storage: Annotated[str, Field(min_length=1)] | None = Field(
+    storage: text(1000) | None = Field(
         None, description="an SQLAlchemy URL, or a journal's file; optuna.db if not given; OPTUNA_STORAGE overrides it"
     )
 
@@ -253,6 +256,8 @@ class Search(Strict):
             raise ValueError("`study` names data and network, so neither `data` nor `model` stands beside it")
         if not self.study and (missing := [key for key, value in alone.items() if value is None]):
             raise ValueError(f"`study` must name a study, or `{missing[0]}` be given in place")
+        if self.storage and without_password(self.storage) != self.storage:  # as this file is logged
+            raise ValueError("storage: must hold no password: `OPTUNA_STORAGE`, `PGPASSWORD` or ~/.pgpass may")
         if self.data and self.data.axes:
             raise ValueError("data.axes: a search sees one dataset, so its data have no axes")
         if self.train and self.train.noise:

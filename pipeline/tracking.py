@@ -29,8 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -489,12 +488,11 @@ def _mlflow() -> Any:
 def _connect(uri: str) -> Any:
     """A client of a store that answers."""
     mlflow = _mlflow()
-    parts = urlsplit(uri)
     databases.check_answers(uri, SECONDS_TO_ANSWER)
     if database := databases.sqlite_file(uri):
         _create(database)
     client = mlflow.MlflowClient(uri)
-    if parts.scheme in ("http", "https"):
+    if uri.startswith(("http:", "https:")):
         patient = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] != REQUEST_TIMEOUT
         databases.within(None if patient else SECONDS_TO_ANSWER, lambda: client.search_experiments(max_results=1))
     return client
@@ -655,10 +653,17 @@ def load_reconstruction(weights: Path, config: Model) -> Reconstruction:
     return cell.mean_path(), torch.zeros(2, features)
 
 
-def ui_command(host: str, port: int) -> list[str]:
-    """The command line of the MLflow UI on the store that runs are kept in."""
+def become_ui(host: str, port: int) -> NoReturn:
+    """Turns this process into the MLflow UI on the store that runs are kept in. Raises TrackingError."""
     uri = tracking_uri()
-    return [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", host, "--port", str(port)]
+    if uri.startswith(("http:", "https:")):
+        raise TrackingError(f"runs are kept on a server, which has a UI itself: {databases.without_password(uri)}")
+    with _one_line_errors(uri), _one_writer(uri):
+        if database := databases.sqlite_file(uri):
+            _create(database)
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # arguments are there for everyone to read, and it may hold a password
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # for pages that no study has, and a way in
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--host", host, "--port", str(port)])
 
 
 def study_records(

@@ -18,7 +18,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -33,7 +33,7 @@ from pipeline.storages import Searcher, SearchError
 if TYPE_CHECKING:
     import optuna
 
-MOST_ASKED = 3  # trials that are asked at most, as a multiple of the target count, and a batch more
+MOST_ASKED = 3  # trials that are asked at most, as a multiple of the target count
 GRID = "grid"  # state of a trial that is a cell of the study's grid
 SETTINGS = ("arm", "beta", "latent_dim", "l2", "sigma2", "learning_rate")
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
@@ -136,10 +136,11 @@ class Trials:
         if (there := [direction.name.lower() for direction in study.directions]) != directions:
             raise SearchError(self._other(full_name, f"directions {', '.join(there)} there, {', '.join(directions)} here"))
         question, known = self._question(), study.user_attrs.get("question", {})
-        different = [key for key in question if known.get(key) != question[key]]
+        different = [key for key in {**question, **known} if known.get(key) != question.get(key)]
         if different and study.get_trials(deepcopy=False):
             key = different[0]
-            raise SearchError(self._other(full_name, f"{key} {known.get(key)} there, {question[key]} here"))
+            there, here = (asked.get(key, "not given") for asked in (known, question))
+            raise SearchError(self._other(full_name, f"{key} {there} there, {here} here"))
         if different:
             with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
                 study.set_metric_names(self.search.goal_names)  # by which Optuna's own plots and dashboards call them
@@ -161,7 +162,8 @@ class Trials:
         }
 
     def _other(self, name: str, what: str) -> str:
-        return f"Optuna's study '{name}' exists and asks something else: {what}; give this search another `name`, or delete it"
+        ways_out = "give this search another `name`, or remove it by `optuna delete-study`"
+        return f"Optuna's study '{name}' exists and asks something else: {what}; {ways_out}"
 
     @property
     def rungs(self) -> list[int]:
@@ -249,19 +251,28 @@ class Trials:
         return pd.DataFrame(rows, columns=["trial", "update", *names])
 
     def importances(self) -> pd.DataFrame:
-        """How much of each objective's variance over finished trials each varied setting explains (fANOVA)."""
+        """How much of each objective's variance over finished trials each varied setting explains (fANOVA).
+
+        A setting that some arms lack, as β, is assessed among the trials that have it.
+        """
         import optuna
         from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
         rows, study = [], optuna.create_study(directions=self.study.directions)
         study.add_trials(self._complete())
         for number, goal in enumerate(self.search.objectives):
-            with warnings.catch_warnings(), contextlib.suppress(ValueError, RuntimeError):  # too few trials, or all alike
-                warnings.simplefilter("ignore")
-                found = get_param_importances(
-                    study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda trial, at=number: trial.values[at]
-                )
-                rows += [{"goal": goal.name, "setting": name, "importance": value} for name, value in found.items()]
+            assess = partial(
+                get_param_importances,
+                study,
+                evaluator=FanovaImportanceEvaluator(seed=0),
+                target=lambda t, at=number: t.values[at],
+            )
+            found: dict[str, float] = {}
+            for settings in (None, list(self.search.space.varied)):
+                with warnings.catch_warnings(), contextlib.suppress(ValueError, RuntimeError):  # too few trials, or all alike
+                    warnings.simplefilter("ignore")
+                    found = assess(params=settings) | found
+            rows += [{"goal": goal.name, "setting": name, "importance": value} for name, value in found.items()]
         return pd.DataFrame(rows, columns=["goal", "setting", "importance"])
 
     def cell(self, params: Mapping[str, Scalar]) -> Cell:
@@ -326,16 +337,17 @@ class Trials:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the sampler has no further point, which only a grid ends with."""
-        return self.search.sampler.kind == "grid" and len(self.own()) >= len(self.search.grid())
+        """Whether no further trial is asked: a grid has no further point, or too many trials have failed."""
+        return self._left() <= 0
+
+    def _left(self) -> int:
+        most = len(self.search.grid()) if self.search.sampler.kind == "grid" else MOST_ASKED * self.search.trials
+        return most - len(self.own())
 
     def _ask(self) -> Batch | None:
         own = self.own()
-        wanted = min(self.search.batch, self.search.trials - sum(trial.state.name != "FAIL" for trial in own))
-        if self.search.sampler.kind == "grid":
-            wanted = min(wanted, len(self.search.grid()) - len(own))
-        elif wanted > 0 and len(own) + wanted > MOST_ASKED * self.search.trials + self.search.batch:
-            raise SearchError(f"{self.study.study_name}: of {len(own)} trials too many failed to reach {self.search.trials}")
+        short = self.search.trials - sum(trial.state.name != "FAIL" for trial in own)
+        wanted = min(self.search.batch, short, self._left())
         if wanted <= 0:
             return None
         batch = Batch(f"{len(own)}-{uuid.uuid4().hex[:8]}", len(own), wanted)

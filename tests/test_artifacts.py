@@ -30,6 +30,27 @@ def test_json_that_is_not_ours_is_refused(tmp_path, content):
         artifacts.read_json(tmp_path / "a.json")
 
 
+TABLES = [
+    pd.DataFrame({"cell_id": ["01", "1e5"], "x": [0.1, None], "text": ["a,\nb", ""]}),
+    pd.DataFrame(columns=["cell_id", "x"]),
+    pd.DataFrame(),
+]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=["rows", "no rows", "no columns"])
+def test_a_table_is_read_as_it_was_written_and_refused_once_a_bit_has_changed(tmp_path, table):
+    path = tmp_path / "t.csv"
+    artifacts.write_table(path, table)
+    found = artifacts.read_table(path)
+    assert list(found) == list(table) and len(found) == len(table)
+    assert len(table) == 0 or (list(found["cell_id"]) == ["01", "1e5"] and found["x"].tolist()[0] == 0.1)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(ArtifactError, match=r"t\.csv"):
+            artifacts.read_table(path)
+
+
 def test_truncated_tensors_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     artifacts.write_tensors(path, {"w": torch.rand(100)})

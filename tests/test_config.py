@@ -54,6 +54,11 @@ MISTAKES = [
     ("hidden: [8]", "hiden: [8]", "model.hiden: unknown key (did you mean 'hidden'?)"),
     ("beta: [0.5, 1]", "betta: [1]", "grid.arms.vae.betta: unknown key (did you mean 'beta'?)"),
     ("end: 0", "ende: 0", "train.learning_rate_schedule.ende: unknown key (did you mean 'end'?)"),
+    (
+        "evaluate:",
+        "claims: [{id: a, source: x, says: y, test: {kind: difference, metric: test/mse, agianst: {arm: ae}}}]\nevaluate:",
+        "claims.0.test.agianst: unknown key (did you mean 'against'?)",
+    ),
     ("evaluate:", "evaluat:", "evaluat: unknown key (did you mean 'evaluate'?)"),
     ("beta: [0.5, 1]", "beta: [0.5, -4]", "grid.arms.vae.beta.1: Input should be greater than or equal to 0, but got -4"),
     ("ae: {}", "ae: {beta: [1]}", "grid: arm 'ae' has no penalty, so it has no axis 'beta'"),

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline import artifacts, config, drawing, figures, grid, intervals
@@ -286,7 +288,8 @@ evaluate: {noise: [{kind: gaussian, levels: [0, 0.1]}]}
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, where figures are made but not rendered: that is most of a report's time."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(drawing, "save", lambda figure, path: artifacts.write_bytes(path, type(figure).__name__.encode()))
+    save = drawing.save
+    monkeypatch.setattr(drawing, "save", lambda figure, path: save(Figure(figsize=(0.1, 0.1)), path))
     return tmp_path
 
 
@@ -446,15 +449,17 @@ def test_a_side_that_diverged_on_every_seed_still_gives_a_report(here: Path, lef
     assert (unmeasured in _text()) == (left == "winner")
 
 
-def test_a_figure_that_no_report_shows_any_more_goes(here: Path):
+def test_a_figure_that_no_report_shows_any_more_goes_and_what_others_put_there_stays(here: Path):
     workspace(here, tiny=TINY)
     report.run()
-    figures_now = set(Path("reports/figures").iterdir())
-    for name in ("gone-noise.png", ".all-training.png.x1.tmp"):
-        (Path("reports/figures") / name).parent.mkdir(parents=True, exist_ok=True)
-        (Path("reports/figures") / name).write_bytes(b"old")
+    folder = Path("reports/figures")
+    drawing.save(Figure(), folder / "gone-noise.png")
+    (folder / ".all-training.png.x1.tmp").write_bytes(b"begun")
+    Image.new("RGB", (2, 2)).save(folder / "mine.png")
+    (folder / "notes.txt").write_text("mine")
+    kept = set(folder.iterdir()) - {folder / "gone-noise.png", folder / ".all-training.png.x1.tmp"}
     report.run()
-    assert set(Path("reports/figures").iterdir()) == figures_now
+    assert set(folder.iterdir()) == kept
 
 
 def test_empty_files_still_give_a_report(here: Path):

@@ -48,6 +48,8 @@ HALVED = "rungs: [0.25, 0.5]\nhalving: 2\n"
 ELBO = "  - {metric: validation/elbo, direction: up}"
 TWO = "  - {metric: validation/mse, direction: down}\n  - {metric: validation/kl, direction: down}"
 MISTAKES = [
+    ("space:", "space:\n  arm: ae", "space: beta: arm 'ae' has none, so it cannot be varied"),
+    ("trials: 12", 'trials: 12\nstorage: "postgresql://me:secret@host/x"', "storage: must hold no password: `OPTUNA_STORAGE`"),
     ("low: 0.1, high: 4", "low: 4, high: 0.1", "space.beta: `low < high` must hold, but got (low=4, high=0.1)"),
     ("low: 0.1, high: 4", "low: 4, high: 4", "space.beta: `low < high` must hold, but got (low=4, high=4)"),
     ("low: 0.1, high: 4", "low: 0, high: 4", "space.beta: a log-uniform range must begin above 0, but got low=0"),
@@ -156,4 +158,4 @@ def test_the_readmes_examples_are_files_that_can_be_read(tmp_path):
     for name, text in examples.items():
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
     assert load_study("mine", tmp_path).claims
-    assert load_search("mine_best", tmp_path)[0].halving == 3
+    assert load_search("mine_best", tmp_path)[0].halving == 2

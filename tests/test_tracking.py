@@ -517,6 +517,11 @@ def test_a_server_that_is_away_is_named_in_one_line(scheme, workspace):
     assert message.endswith("Connection refused")
 
 
+@pytest.mark.parametrize("uri", ["postgresql://me:secret@host:port/db", "http://[::1", "http://me:secret@[host"])
+def test_what_is_no_url_is_one_line(uri, workspace):
+    assert "is no URL" in refused(uri)
+
+
 @pytest.mark.parametrize("scheme", ["http", "postgresql"])
 def test_a_server_that_never_answers_is_given_up(scheme, workspace, monkeypatch):
     monkeypatch.setattr(tracking, "SECONDS_TO_ANSWER", 0.5)

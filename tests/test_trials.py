@@ -172,6 +172,14 @@ def test_a_searcher_that_has_gone_leaves_its_batch_to_the_next():
         assert trials.standing().running == len(left)
 
 
+def test_a_study_is_refused_where_an_axis_has_left_the_space():
+    space = {"latent_dim": 2, "beta": {"low": 0.1, "high": 4.0}}
+    with open_storage("sqlite:///optuna.db") as storage:
+        search_through(a_search(space={**space, "sigma2": 0.5}), storage, batches=1)
+        with pytest.raises(SearchError, match="space.sigma2 0.5 there, not given here"):
+            trials_of(a_search(space=space, trials=20), storage).standing()
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -13,9 +13,12 @@ from pipeline.searches import load_search
 def run(name: str) -> None:
     """Writes `data/prepared/<name>/`. Raises ConfigError, naming the study's file, and DatasetError."""
     settings = load_settings()
-    data = load_search(name)[0].data if name in settings.searches_alone else load_study(name).data
+    study = None if name in settings.searches_alone else load_study(name)
+    data = study.data if study else load_search(name)[0].data
     try:
         built = datasets.build(data, datasets.data_root(settings.data_root, main_checkout()))
+        if study:
+            study.evaluate.between_of(built[0].class_names or ())
         save_prepared(Folders(name).prepared, data, built)
     except ConfigError as error:
         raise ConfigError(f"{CONFIG_FOLDER / name}.yaml: {error}") from None

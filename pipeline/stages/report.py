@@ -65,9 +65,10 @@ def run() -> None:
     ]
     text = md.join(*parts) + "\n"
     artifacts.write_bytes(folder / "report.md", text.encode())
-    for picture in (folder / "figures").glob("*"):
-        if f"figures/{picture.name})" not in text:  # it was a removed study's, or a killed process had begun it
-            picture.unlink()
+    for file in (folder / "figures").glob("*"):
+        begun = file.name.startswith(".") and file.suffix == ".tmp"  # by a process that was killed
+        if begun or (f"figures/{file.name})" not in text and drawing.is_ours(file)):  # a removed study's
+            file.unlink()
 
 
 def _of(entries: Sequence[claims.Entry], study: str) -> list[claims.Entry]:

@@ -105,8 +105,9 @@ class Hunt:
             points = f"{self.train.history_points} history points of {self.train.updates} updates"
             raise SearchError(f"{where}: rungs: each must be another one of the {points}, and not the last")
         for arm in self.search.space.arm.values:
-            cell = self.trials.cell({name: item.corners[0] for name, item in self.search.space.varied.items()} | {"arm": arm})
-            if lacking := self.judge.lacking(cell):
+            corners = ({name: item.corners[end] for name, item in self.search.space.varied.items()} for end in (0, -1))
+            few, many = (self.judge.lacking(self.trials.cell({**corner, "arm": arm})) for corner in corners)
+            if lacking := [goal for goal in few if goal in many]:
                 key = "objectives" if lacking[0] in self.search.objectives else "winner.goal"
                 data = self.data.description["name"]
                 raise SearchError(f"{where}: {key}: arm '{arm}' on '{data}' has no {lacking[0].metric}")
@@ -165,13 +166,17 @@ class Hunt:
         return self.judge.values(trained_stacks(self.folders, self.grid, self.data.features, device, size))
 
     def _rival(self) -> Cell | None:
-        """The grid's best setting, by its mean over seeds of what chooses the winner, on validation data."""
+        """The grid's best setting, by its mean of what chooses the winner, on validation data.
+
+        Over seeds on which it is not compared, as the winner is chosen; over all where it has no others.
+        """
         scores = {key: values[self.chooses] for key, values in self._grid_values.items()}
         rows = [{"key": key, "score": score, "setting": str(replace(self.grid[key], seed=0))} for key, score in scores.items()]
         table = pd.DataFrame(rows, columns=["key", "score", "setting"]).dropna()
         if table.empty:
             return None
-        means = table.groupby("setting")["score"].mean()
+        others = table[[self.grid[key].seed not in self.search.winner.seeds for key in table["key"]]]
+        means = (table if others.empty else others).groupby("setting")["score"].mean()
         best = means.idxmax() if self.search.chooses.maximised else means.idxmin()
         return self.grid[table.loc[table["setting"] == best, "key"].iloc[0]]
 
@@ -225,8 +230,10 @@ class Hunt:
         return {key: [row[name] for name in names] for key, row in found.items() if all(name in row for name in names)}
 
     def _leave(self, batch: Batch, update: int, decision: Mapping[str, Any]) -> None:
-        leaving = {member.key: member.cell for member in self.trials.leaving(batch, decision)}
-        for key, record in self._records(leaving, update).items():
+        leaving = self.trials.leaving(batch, decision)
+        staying = {member.key for member in batch.running if member not in leaving}  # two trials may be one cell
+        gone = {member.key: member.cell for member in leaving if member.key not in staying}
+        for key, record in self._records(gone, update).items():
             self.store.save_unfinished(key, record)
         self.trials.leave(batch, update, decision)
         self.store.release(keep=batch.cells)
