@@ -37,7 +37,6 @@ CHECKPOINT_VERSION = 3
 MAX_HEADER = 100_000_000  # as safetensors has it
 WORDS, BLANK = "vaesweep", 64 * "0"
 TABLE_SEAL = re.compile(rb"(?:^|,)format ([0-9]{1,9}) ([0-9a-f]{64})\r?$")
-RENEW = "the stage that wrote it writes it anew"
 _intact: dict[Path, tuple[int, int, int]] = {}
 
 
@@ -50,7 +49,11 @@ class MissingError(ArtifactError):
 
 
 class DamagedError(ArtifactError):
-    """A file that is not as it was written."""
+    """A file that is not as it was written. The stage that wrote it writes it anew."""
+
+    def __init__(self, path: Path, what: str):
+        super().__init__(f"{path}: {what}; the stage that wrote it writes it anew")
+        self.path = path
 
 
 class HeldError(ArtifactError):
@@ -97,7 +100,7 @@ def _reading(path: Path, *damaged: type[Exception]) -> Iterator[None]:
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from error
     except damaged as error:
-        raise DamagedError(f"{path}: cannot be read: {error}") from error
+        raise DamagedError(path, f"cannot be read: {error}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any], sealed: bool = True) -> None:
@@ -125,11 +128,11 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _unsealed(path: Path) -> DamagedError:
-    return DamagedError(f"{path}: holds no SHA-256: it is damaged, or of an older version; {RENEW}")
+    return DamagedError(path, "holds no SHA-256: it is damaged, or of an older version")
 
 
 def _changed(path: Path) -> DamagedError:
-    return DamagedError(f"{path}: is damaged: its SHA-256 is not the one that was written; {RENEW}")
+    return DamagedError(path, "is damaged: its SHA-256 is not the one that was written")
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -195,7 +198,7 @@ def _words(file: Any) -> dict[str, Any]:
 def _check_format(path: Path, content: Any) -> None:
     found = content.get("format") if isinstance(content, dict) else None
     if not isinstance(found, int):
-        raise DamagedError(f"{path}: says no format: it is damaged, or not ours; {RENEW}")
+        raise DamagedError(path, "says no format: it is damaged, or not ours")
     if found != FORMAT_VERSION:
         raise ArtifactError(f"{path}: has format {found!r}, this version reads format {FORMAT_VERSION}")
 

@@ -41,6 +41,7 @@ class Group(click.Group):
             if ctx.params.get("debug") or not _is_users(error):
                 raise
             click.echo(f"vaesweep: {_one_line(error)}", err=True)
+            _set_aside(error)
             _leave(ctx, 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1))
 
 
@@ -67,6 +68,14 @@ def _told(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def _set_aside(error: BaseException) -> None:
+    """Renames a damaged file: DVC trusts what it has seen before, and notices only that a file is missing."""
+    artifacts = sys.modules.get("pipeline.artifacts")
+    if artifacts and isinstance(error, artifacts.DamagedError):
+        with contextlib.suppress(OSError):
+            error.path.rename(f"{error.path}.damaged")
 
 
 def _leave(ctx: click.Context, code: int) -> None:
