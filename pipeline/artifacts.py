@@ -36,6 +36,8 @@ FORMAT_VERSION = 1
 CHECKPOINT_VERSION = 3
 MAX_HEADER = 100_000_000  # as safetensors has it
 WORDS, BLANK = "vaesweep", 64 * "0"
+UMASK = os.umask(0o077)
+os.umask(UMASK)
 TABLE_SEAL = re.compile(rb"(?:^|,)format ([0-9]{1,9}) ([0-9a-f]{64})\r?$")
 _intact: dict[Path, tuple[int, int, int]] = {}
 
@@ -82,7 +84,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~UMASK)  # it is made for this user alone
         os.replace(temporary, path)
     except OSError as error:
         if temporary:
