@@ -136,13 +136,68 @@ def test_two_objectives_at_a_rung_are_attributes():
         assert all(len(trial.user_attrs["at update 25"]) == 2 for trial in trials.own())
 
 
-def test_a_pruner_compares_with_earlier_batches():
-    pruner = {"kind": "median", "startup": 4}
+@pytest.mark.parametrize("directions", [("down", "down"), ("up", "down"), ("down", "up"), ("up", "up")])
+def test_the_front_is_all_that_nothing_dominates(directions):
+    objectives = tuple({**goal, "direction": direction} for goal, direction in zip(TWO, directions, strict=True))
+    search = a_search(objectives=objectives, winner=FRONT["winner"], sampler={"kind": "random"}, trials=40, batch=20)
+    with open_storage("sqlite:///optuna.db") as storage:
+        trials = search_through(search, storage)
+        signs = [1 if direction == "down" else -1 for direction in directions]
+        points = {t.number: [sign * value for sign, value in zip(signs, t.values, strict=True)] for t in trials.own()}
+        free = {
+            number
+            for number, point in points.items()
+            if not any(other != point and all(a <= b for a, b in zip(other, point, strict=True)) for other in points.values())
+        }
+        assert {trial.number for trial in trials.front()} == free and 0 < len(free) < 40
+        assert trials.standing().front == len(free) == sum(trials.table()["on_front"])
+
+
+@pytest.mark.parametrize("kind", ["median", "percentile"])
+def test_a_pruner_compares_with_earlier_batches(kind):
+    pruner = {"kind": kind, "startup": 4}
     with open_storage("sqlite:///optuna.db") as storage:
         trials = search_through(a_search(pruner=pruner, rungs=(0.5,), sampler={"kind": "random"}, trials=24), storage)
         first = [trial for trial in trials.own() if trial.user_attrs["batch"].startswith("0-")]
         assert {trial.state.name for trial in first} == {"COMPLETE"}
         assert trials.standing().pruned > 0 and trials.standing().ended == 24
+
+
+@pytest.mark.parametrize("kind", ["successive_halving", "hyperband"])
+def test_a_pruner_that_halves_prunes_at_rungs(kind):
+    search = a_search(pruner={"kind": kind, "factor": 2}, rungs=(0.25, 0.5), sampler={"kind": "random"}, trials=32)
+    with open_storage("sqlite:///optuna.db") as storage:
+        trials = search_through(search, storage)
+        left = {max(trial.intermediate_values) for trial in trials.own("PRUNED")}
+        assert left == {25, 50} and trials.standing().complete > 0 and trials.standing().ended == 32
+
+
+@pytest.mark.parametrize("kind", ["qmc", "random"])
+@pytest.mark.parametrize("log", [False, True])
+def test_half_of_what_is_drawn_lies_below_the_middle_of_its_scale(kind, log):
+    space = {
+        "beta": {"low": 0.1, "high": 10.0, "log": log},
+        "latent_dim": {"low": 1, "high": 64, "log": log},
+    }
+    search = a_search(space=space, sampler={"kind": kind}, trials=64, batch=64)
+    with open_storage("sqlite:///optuna.db") as storage:
+        found = drawn(search_through(search, storage))
+    for name, middle in {"beta": 1.0 if log else 5.05, "latent_dim": 8.0 if log else 32.5}.items():
+        assert 24 <= sum(params[name] < middle for params in found) <= 40, name
+
+
+def test_a_range_that_is_not_logarithmic_may_begin_at_0_and_a_list_hold_it():
+    space = {"beta": {"low": 0.0, "high": 4.0, "log": False}, "latent_dim": 2, "l2": {"values": (0.0, 1e-3)}}
+    search = a_search(space=space, sampler={"kind": "grid", "points": 3}, trials=6, batch=3)
+    with open_storage("sqlite:///optuna.db") as storage:
+        trials = search_through(search, storage)
+        cells = [trials.cell(params) for params in drawn(trials)]
+        assert sorted((cell.beta, cell.l2) for cell in cells) == [(b, l2) for b in (0.0, 2.0, 4.0) for l2 in (0.0, 1e-3)]
+        of_grid = {key: cell for key, cell in ((trials._key(cell), cell) for cell in cells)}
+        assert {key: params["l2"] for key, params in trials.inside(of_grid).items()} == {
+            key: cell.l2 for key, cell in of_grid.items()
+        }
+        assert set(trials.table()["l2"]) == {0.0, 1e-3}
 
 
 def test_a_trial_without_a_value_fails_and_another_takes_its_place():
