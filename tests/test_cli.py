@@ -3,14 +3,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 from ruamel.yaml import YAML
 
+from pipeline import cli
 from pipeline.artifacts import read_json
 from pipeline.cli import main
 from pipeline.stages import code
+from pipeline.stages.search import Step
+from pipeline.trials import Standing
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +60,64 @@ def test_a_wrong_name_is_one_line_and_a_non_zero_exit(command, name, told):
 def test_debug_shows_the_error_itself():
     result = CliRunner().invoke(main, ["--debug", "prepare", "digitz"])
     assert type(result.exception).__name__ == "ConfigError"
+
+
+def standing(complete=0, pruned=0, failed=0, best=None, front=0):
+    return Standing(36, complete, pruned, failed, 4, best, front)
+
+
+@pytest.mark.parametrize(
+    ("at", "left", "told"),
+    [
+        (standing(), None, "0/36 trials, 0 of them pruned; training"),
+        (standing(8, 16), 12.4, "24/36 trials, 16 of them pruned; training; 12 s left"),
+        (standing(8, 16, 3), None, "24/36 trials, 16 of them pruned, 3 failed; training"),
+        (standing(8, best=-123.456789, front=1), 0.0, "8/36 trials, 0 of them pruned; best -123.457; training; 0 s left"),
+        (standing(8, best=0.0, front=2), None, "8/36 trials, 0 of them pruned; best 0; training"),
+        (standing(8, front=5), None, "8/36 trials, 0 of them pruned; 5 on the front; training"),
+    ],
+)
+def test_a_search_is_told_in_one_line(at, left, told):
+    assert cli._in_words("hunt", Step(at, "training", 0.5), left) == f"search hunt: {told}"
+
+
+def test_without_a_terminal_a_search_is_told_where_it_does_something_else_and_now_and_then(monkeypatch, capsys):
+    """A quarter of its work was done before."""
+    clock = [100.0]
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def steps():
+        for seconds, doing, share in (
+            (0.0, "a", 0.25),
+            (1.0, "a", 0.26),
+            (2.0, "b", 0.27),
+            (16.0, "b", 0.5),
+            (18.0, "b", 0.75),
+            (26.0, "c", 0.75),
+            (27.0, "c", 0.8),
+            (30.0, "d", 1.0),
+        ):
+            clock[0] = 100.0 + seconds
+            yield Step(standing(front=3), doing, share)
+
+    cli._show_search("hunt", steps())
+    said = capsys.readouterr()
+    told = [line.partition("; 3 on the front; ")[2] for line in said.err.splitlines()]
+    assert told == ["a", "b", "b; 9 s left", "c; 13 s left", "d"] and not said.out
+
+
+def test_a_search_that_does_one_thing_for_long_says_its_time_left(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def steps():
+        for second in range(41):
+            clock[0] = float(second)
+            yield Step(standing(), "training", second / 100)
+
+    cli._show_search("hunt", steps())
+    told = [line.rpartition("; ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["training", "85 s left", "70 s left"]
 
 
 def stages():
