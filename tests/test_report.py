@@ -449,6 +449,102 @@ def test_a_side_that_diverged_on_every_seed_still_gives_a_report(here: Path, lef
     assert (unmeasured in _text()) == (left == "winner")
 
 
+UP = "{metric: validation/bce_elbo, direction: up}"
+DOWN = "{metric: validation/reconstruction, direction: down}"
+
+
+@pytest.mark.parametrize(
+    ("goal", "column", "label"),
+    [
+        (UP, "test/bce_elbo", "−(cross-entropy + KL) (nats)"),
+        (DOWN, "test/reconstruction", "reconstruction (nats)"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("gains", "winner", "interval", "with_up", "with_down"),
+    [
+        ((2.0, 2.5, 3.0), "14 ± 4", "2.5 [1.3, 3.7]", "beats", "loses to"),
+        ((-2.0, -2.5, -3.0), "8.5 ± 1.2", "−2.5 [−3.7, −1.3]", "loses to", "beats"),
+        ((-1.0, 2.0, 2.0), "12 ± 7", "1 [−3, 5]", "does not differ from", "does not differ from"),
+    ],
+)
+def test_a_winners_gain_is_winner_minus_grid_by_seed(
+    here: Path, goal, column, label, gains, winner, interval, with_up, with_down
+):
+    workspace(here, digits=DIGITS)
+    (here / "configs" / "kl_weight.yaml").write_text(SEARCH.replace(UP, goal))
+
+    def decide(sides: pd.DataFrame) -> pd.DataFrame:
+        values = [10.0, 11.0, 12.0]
+        gained = [value + gain for value, gain in zip(values, gains, strict=True)]
+        return sides.assign(**{column: gained + values})[::-1]
+
+    _edit("kl_weight", "search/winner.csv", decide)
+    report.run()
+    verdict = f"{with_up if goal == UP else with_down} the grid's best"
+    assert f"On the test set, with seeds 1, 2, 3, it {verdict}: {interval} in {label}." in _text()
+    assert f"`kl_weight`: {verdict} in {label}, {interval}, on the test set." in _text()
+    (row,) = (line for line in _section().splitlines() if line.startswith(f"| {label} |"))
+    assert row == f"| {label} | {winner} | 11.0 ± 2.5 | {interval} |"
+
+
+def test_seeds_that_only_one_side_has_are_no_part_of_the_gain(here: Path):
+    workspace(here, digits=DIGITS)
+    _edit("kl_weight", "search/winner.csv", lambda sides: sides[(sides["side"] != "winner") | (sides["seed"] != 3)])
+    report.run()
+    assert "On the test set, with seeds 1, 2, it does not differ from the grid's best: 0.8 [−2.4, 3.9]" in _text()
+
+
+def _section() -> str:
+    """The report's section about the search."""
+    return _text().partition("\n## kl_weight\n")[2].partition("\n## ")[0]
+
+
+def _of_grid(trials: pd.DataFrame) -> pd.DataFrame:
+    """The first four trials as cells of the grid."""
+    first = trials.index < 4
+    return trials.assign(
+        state=trials["state"].mask(first, "grid"), **{name: trials[name].mask(first) for name in ("trial", "batch")}
+    )
+
+
+def test_a_searchs_cost_stands_beside_the_whole_grids(here: Path):
+    workspace(here, digits=DIGITS)
+    _edit("kl_weight", "search/trials.csv", _of_grid)
+    path = Path("runs/kl_weight/search/about.json")
+    artifacts.write_json(path, artifacts.read_json(path) | {"updates_spent": 4000, "grid_updates": 9000, "updates": 400})
+    report.run()
+    assert (
+        "*Outcome:* 19 trials were trained to the end, 0 left at a rung, 1 failed; 4 cells of the grid began it. They cost as "
+        "much as 10 trainings to the end, where 20 trials were drawn; the 6 cells of `digits` cost 22.5."
+    ) in _text()
+
+
+@pytest.mark.parametrize("size", [4, 23])
+def test_the_fronts_table_is_the_front(here: Path, size: int):
+    workspace(here, digits=DIGITS)
+    _edit("kl_weight", "search/trials.csv", _of_grid)
+
+    def choose(trials: pd.DataFrame) -> pd.DataFrame:
+        chosen = trials.dropna(subset="validation/kl").iloc[:: 6 if size == 4 else 1].index
+        return trials.assign(on_front=trials.index.isin(chosen))
+
+    _edit("kl_weight", "search/trials.csv", choose)
+    report.run()
+    edge = artifacts.read_table(Path("runs/kl_weight/search/trials.csv")).query("on_front").sort_values("validation/kl")
+    assert len(edge) == size and set(edge["state"]) == {"grid", "complete"}
+    shown = edge.iloc[:: 1 if size == 4 else 3]
+    names = ["beta", "validation/reconstruction", "validation/kl"]
+    wanted = [
+        [{"grid": "grid", "complete": "search"}[state], *map(intervals.plain, numbers)]
+        for state, numbers in zip(shown["state"], shown[names].itertuples(index=False), strict=True)
+    ]
+    said = "The front:" if size == 4 else "The front (one in 3 of its 23 trials):"
+    header, _, *rows = _section().partition(f"{said}\n\n")[2].partition("\n\n")[0].splitlines()
+    assert header == "| of | β | reconstruction (nats) | KL (nats) |"
+    assert [line.strip("| ").split(" | ") for line in rows] == wanted
+
+
 def test_a_figure_that_no_report_shows_any_more_goes_and_what_others_put_there_stays(here: Path):
     workspace(here, tiny=TINY)
     report.run()
