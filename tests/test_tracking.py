@@ -24,11 +24,14 @@ import pandas as pd
 import pytest
 import sqlalchemy
 import torch
+from tiny import drive, write
 from torch import nn
 
 import pipeline
 from pipeline import tracking
-from pipeline.artifacts import CellStore, Folders, write_json, write_table, write_tensors
+from pipeline.artifacts import CellStore, Folders, load_prepared, read_table, write_json, write_table, write_tensors
+from pipeline.config import load_study
+from pipeline.stages import search
 from pipeline.tracking import MemoryTracker, MlflowTracker, ParentRecord, RunRecord, Tracker, TrackingError
 
 PARENT = ParentRecord("digits", "Real digits", {"study": "digits"})
@@ -44,6 +47,18 @@ evaluate: {}
 claims:
   - {id: rises, source: x, says: y, test: {kind: monotone, metric: test/mse, over: beta, direction: up, where: {arm: vae}}}
   - {id: free, source: x, says: y, test: {kind: bound, metric: test/mse, above: 0, where: {beta: 0}}}
+"""
+HUNT = """
+title: A search with trials of every kind
+study: tiny
+space: {latent_dim: {low: 2, high: 4}, learning_rate: {values: [0.001, 0.002, 0.004, 1.0e+30]}}
+objectives: [{metric: validation/bce_elbo, direction: up}]
+winner: {seeds: [1]}
+sampler: {kind: random, seed: 0}
+trials: 6
+batch: 6
+rungs: [0.3]
+halving: 2
 """
 FIRST_START = """
 import sys, time
@@ -421,6 +436,53 @@ def test_the_alias_and_the_tag_best_follow_the_winner_of_a_search(database, best
     place = tracker._client.get_experiment_by_name("hunt").experiment_id
     (tagged,) = [run for run in tracker._client.search_runs([place]) if run.data.tags.get("best") == "true"]
     assert tagged.info.run_id == publish("new", "new")
+
+
+@pytest.fixture
+def searched(trained, workspace, database, monkeypatch) -> pd.DataFrame:
+    """The trials of a real search, which has published them."""
+    shutil.copytree(trained, workspace, dirs_exist_ok=True)
+    write(HUNT, "hunt")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    search.run("hunt", drive)
+    return read_table(Folders("hunt").search / "trials.csv").query("state != 'grid'")
+
+
+def test_a_search_is_one_parent_and_a_run_a_trial_of_which_one_is_a_model(searched):
+    import mlflow.pytorch
+
+    tracker = MlflowTracker()
+    runs, client = seen(tracker, "hunt"), tracking._mlflow().MlflowClient(tracker.uri)
+    place = client.get_experiment_by_name("hunt").experiment_id
+    (parent,) = client.search_runs([place], "tags.run_key = 'parent'")
+    shown = {run.tags["trial"]: run for key, run in runs.items() if key != "parent"}
+    assert set(searched["state"]) == {"complete", "pruned", "failed"}
+    assert len(runs) == 1 + len(searched) and {run.tags["mlflow.parentRunId"] for run in shown.values()} == {parent.info.run_id}
+    for row in searched.to_dict("records"):
+        run = shown[f"{row['trial']:.0f}"]
+        assert (run.tags["state"], run.tags["best"]) == (row["state"], str(row["best"]).lower())
+        assert run.status == ("FAILED" if row["state"] == "failed" else "FINISHED")
+        assert float(run.params["learning_rate"]) == row["learning_rate"]
+        assert run.metrics.get("validation/bce_elbo", NAN) == pytest.approx(row["validation/bce_elbo"], nan_ok=True)
+        assert max((step for name, step, _ in run.points if name == "validation/loss"), default=None) == (
+            row["updates"] if row["state"] != "failed" else None
+        )
+
+    pictures = {f"pictures/{path.name}" for path in (Folders("hunt").search / "pictures").glob("*.png")}
+    assert runs["parent"].files == {"config/hunt.yaml", "summary/trials.csv", *pictures} and len(pictures) > 2
+    assert runs["parent"].status == "FINISHED"
+
+    (best,) = searched[searched["best"].astype(bool)].to_dict("records")
+    version = client.get_model_version_by_alias("hunt", "best")
+    assert client.get_run(version.run_id).data.tags["trial"] == f"{best['trial']:.0f}"
+    assert sum(run.models for run in runs.values()) == shown[f"{best['trial']:.0f}"].models == 1
+    x = load_prepared(Folders("tiny").prepared).x["validation"][0]
+    model = mlflow.pytorch.load_model("models:/hunt@best")  # noqa: TID251, our own
+    weights = CellStore().weights_path(best["cell_id"])
+    torch.testing.assert_close(model(x), tracking.load_reconstruction(weights, load_study("tiny").model)[0](x))
+    assert (model(x) - x).square().mean() < x.square().mean()
+
+    assert tracking.sync(tracker, [], ["hunt"], tracking.load_reconstruction).changed == {"hunt": 0}
 
 
 def test_a_deleted_experiment_comes_back_with_its_runs(database):
