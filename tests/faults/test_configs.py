@@ -2,8 +2,10 @@
 
 import html
 import itertools
+import json
 import re
 import time
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from pipeline import datasets
 from pipeline import markdown as md
 from pipeline.cli import main
 from pipeline.config import ConfigError, load_settings, load_study
-from pipeline.stages import evaluate, prune, report, train
+from pipeline.searches import load_search
+from pipeline.stages import evaluate, prune, report, search, train
 
 CLAIM = """claims:
   - {id: a, source: x, says: y, test: {kind: monotone, metric: test/mse, over: latent_dim, direction: up, where: {arm: vae}}}
@@ -223,24 +226,40 @@ HOSTILE = [
 ]
 
 
+PLACES = {
+    "tiny": [(CLAIMED, "name: digits5k", "name: {}"), (CLAIMED, "id: a", "id: {}")],
+    "hunt": [(SEARCH, "study: tiny", "study: {}")],
+    "params": [
+        (PARAMS, "studies: [tiny]", "studies: [tiny, {}]"),
+        (PARAMS, "{hunt: tiny}", "{{hunt: {}}}"),
+        (PARAMS, "{hunt: tiny}", "{{hunt: tiny, {}: tiny}}"),
+        (PARAMS, "searches_alone: []", "searches_alone: [{}]"),
+        (PARAMS, "scales: {}", "scales: {{{}: {{studies: [tiny]}}}}"),
+    ],
+}
+LOADERS = {"tiny": lambda: load_study("tiny"), "hunt": lambda: load_search("hunt"), "params": load_settings}
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_name_is_refused_wherever_a_name_stands(project, name, figure):
-    quoted = '"' + name.replace("\0", "\\0").replace("\n", "\\n") + '"'
+    """For its pattern, also where a file of that name lies."""
+    with suppress(OSError, ValueError):  # the system itself refuses NUL and 600 characters
+        path = Path("configs", f"{name}.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STUDY)
     with pytest.raises(ConfigError):
         load_study(name)
-    for text, right, wrong in (
-        (STUDY, "name: digits5k", f"name: {quoted}"),
-        (STUDY + CLAIM, "id: a", f"id: {quoted}"),
-    ):
-        Path("configs/tiny.yaml").write_text(text.replace(right, wrong, 1))
-        with pytest.raises(ConfigError) as refused:
-            load_study("tiny")
-        assert "\n" not in str(refused.value)
-    for right in ("studies: [tiny]", "searches: {hunt: tiny}"):
-        Path("params.yaml").write_text(PARAMS.replace(right, right.replace("tiny", quoted), 1))
-        with pytest.raises(ConfigError):
-            load_settings()
-    figure("a name, refused at 5 places")
+    for file, places in PLACES.items():
+        path = Path("params.yaml" if file == "params" else f"configs/{file}.yaml")
+        right = path.read_text()
+        for text, before, after in places:
+            assert before in text
+            path.write_text(text.replace(before, after.format(quote(name)), 1))
+            with pytest.raises(ConfigError, match="String should match pattern") as refused:
+                LOADERS[file]()
+            assert str(refused.value).isprintable()
+        path.write_text(right)
+    figure(f"a name, refused for its pattern at {sum(map(len, PLACES.values()))} places, and as a file's")
 
 
 TEXTS = [
@@ -321,20 +340,72 @@ def test_free_text_is_shown_as_it_is_and_nothing_in_the_report_is_active(workspa
         + "\n"
     )
     Path("configs/tiny.yaml").write_text(study, encoding="utf-8")
-    Path("params.yaml").write_text("studies: [tiny]\n")
+    title = quote("hunt " + "".join(TEXTS[:4]))
+    Path("configs/hunt.yaml").write_text(SEARCH.replace("title: A tiny search", f"title: {title}"))
     train.run("tiny", drive)
     for stage in (evaluate, prune):
         stage.run("tiny")
+    search.run("hunt", drive)
     report.run()
     text = Path("reports/report.md").read_text(encoding="utf-8")
     page = shown(text)
     assert page.count("<td") > 100 and Active(page).found == []
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    figure(f"{len(TEXTS)} texts in title, sources and claims: no active content")
+    for start in ("", "hunt "):
+        assert html.escape(start + TEXTS[0], quote=False) + html.escape(TEXTS[1], quote=False) in page
+    figure(f"{len(TEXTS)} texts in titles, sources and claims: no active content")
+
+
+METRICS = ["radius/x` <img src=x onerror=alert(1)> `", "radius/\n\n<script>alert(1)</script>", "radius/\x1b[2Jx"]
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=["picture", "script", "escape"])
+def test_a_hostile_metric_is_refused_or_shown_as_it_is(workspace, metric, figure):
+    test = f"{{kind: bound, metric: {quote(metric)}, above: 0}}"
+    Path("configs/tiny.yaml").write_text(f"{STUDY}claims:\n  - {{id: a, source: x, says: y, test: {test}}}\n")
+    Path("params.yaml").write_text("studies: [tiny]\n")
+    try:
+        load_study("tiny")
+    except ConfigError as refused:
+        assert "claims.0" in str(refused) and str(refused).isprintable()
+        figure("refused in one line")
+        return
+    for stage in (evaluate, prune):
+        stage.run("tiny")
+    report.run()
+    text = Path("reports/report.md").read_text(encoding="utf-8")
+    assert Active(shown(text)).found == [] and "\x1b" not in text
+    figure("shown as it is")
+
+
+ESCAPES = {
+    "key": ("tiny", "title: A tiny study", 'title: A tiny study\n"\\e[2Jx": 1'),
+    "key of a data axis": ("tiny", "limit: 300", 'axes: {"\\e[2Jx": [1]}'),
+    "key of a choice": ("tiny", "where: {arm: vae}", 'where: {"\\e[2Jx": 1}'),
+    "metric": ("tiny", "metric: test/mse", 'metric: "test/\\e[2Jx"'),
+    "goal": ("hunt", "metric: validation/reconstruction", 'metric: "validation/\\e[2Jx"'),
+    "space": ("hunt", "beta: {low", '"\\e[2Jx": {low'),
+    "storage": ("hunt", "batch: 2", 'batch: 2\nstorage: "sqlite:////no/\\e[2Jx/optuna.db"'),
+    "scheme": ("hunt", "batch: 2", 'batch: 2\nstorage: "\\e[2Jx://y"'),
+    "listed": ("params", "{hunt: tiny}", '{"\\e[2Jx": tiny}'),
+}
+
+
+@pytest.mark.parametrize(("file", "right", "wrong"), ESCAPES.values(), ids=ESCAPES)
+def test_no_text_of_a_config_steers_the_terminal_that_shows_its_error(workspace, file, right, wrong, figure):
+    Path("params.yaml").write_text(PARAMS)
+    Path("configs/tiny.yaml").write_text(CLAIMED)
+    path = Path("params.yaml" if file == "params" else f"configs/{file}.yaml")
+    text = path.read_text()
+    assert right in text
+    path.write_text(text.replace(right, wrong, 1))
+    result = CliRunner().invoke(main, ["search", "hunt"] if file == "hunt" else ["train", "tiny"], color=True)  # a terminal
+    assert result.exit_code == 1
+    assert result.output.removesuffix("\n").isprintable(), ascii(result.output)
+    figure("shown in readable characters")
 
 
 def quote(text):
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    return json.dumps(text)  # YAML too
 
 
 @given(st.text(st.characters(exclude_categories=("C",)), max_size=80))  # a config holds no control characters
