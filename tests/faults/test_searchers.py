@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -13,8 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from project import LONG, begin, run, wait_until, write_project
+from scale import ALL
 from test_trials import a_search, search_through, trials_of
+from tiny import SEARCH as HUNT
 
 from pipeline.storages import open_storage
 
@@ -141,3 +146,40 @@ def test_of_three_processes_one_is_killed_and_its_batch_run_anew_once(url, figur
         assert len(left) == 4 and all(params in ended for params in left)
         assert sum(trial.user_attrs.get("void") == "stale" for trial in storage.get_all_trials(trials.study._study_id)) == 4
     figure(f"{len(left)} of {len(left)} left trials run anew, {standing.ended} of {TARGET} ended")
+
+
+@pytest.mark.skipif(not ALL, reason="in `make faults`")
+def test_of_three_commands_one_is_killed_while_it_trains_and_its_trials_run_anew(url, tmp_path, figure):
+    folder, target = write_project(tmp_path / "work", LONG), 9
+    (folder / "configs/hunt.yaml").write_text(HUNT.replace("trials: 5", f"trials: {target}"))
+    named = f"sqlite:///{folder}/optuna.db" if url.startswith("sqlite") else url
+    settings = {"OPTUNA_STORAGE": named, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    for stage in ("prepare", "train"):
+        run(folder, "vaesweep", stage, "tiny", **settings)
+    searchers = [begin(folder, "vaesweep", "search", "hunt", **settings) for _ in range(SEARCHERS)]
+    killed = searchers[0]
+    line = next(line for line in killed.stderr if "to update" in line)
+    wait_until(lambda: [p for p in psutil.Process(killed.pid).children(recursive=True) if busy(p)])
+    assert killed.poll() is None, line
+    killed.kill()
+    errors = [searcher.communicate()[1] for searcher in searchers]
+    assert [searcher.returncode for searcher in searchers] == [-signal.SIGKILL, 0, 0], errors
+    with open_storage(named) as storage:
+        (study,) = (study for study in storage.get_all_studies() if "hunt" in study.study_name)
+        trials = storage.get_all_trials(study._study_id)
+    left = [trial for trial in trials if trial.user_attrs.get("void") == "stale"]
+    again = [trial for trial in trials if trial.user_attrs.get("retry_of") in [trial.number for trial in left]]
+    own = [trial for trial in trials if "void" not in trial.user_attrs and "searcher" in trial.user_attrs]
+    assert len(left) == len(again) == 2 and all(f"-{killed.pid}-" in trial.user_attrs["searcher"] for trial in left)
+    assert [trial.params for trial in again] == [trial.params for trial in left]
+    assert [trial.state.name for trial in own] == ["COMPLETE"] * target
+    table = (folder / "runs/hunt/search/trials.csv").read_text().splitlines()
+    assert sum(",complete," in line for line in table) == target
+    figure(f"{len(left)} of {len(left)} left trials run anew, {len(own)} of {target} ended")
+
+
+def busy(process):
+    """Whether a process trains, and does not only fork those that do; it may end meanwhile."""
+    with contextlib.suppress(psutil.Error):
+        return process.cpu_times().user > 1 and not process.children()
+    return False
