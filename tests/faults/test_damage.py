@@ -15,12 +15,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from project import ROOT, ran, run, write_project
-from scale import ALL
-from tiny import SEARCH
+from scale import ALL, times
+from tiny import SEARCH, drive
 
 from pipeline import artifacts
 from pipeline.artifacts import ArtifactError, CellStore
 from pipeline.config import ConfigError, Study, load_strict
+from pipeline.stages import train
 
 AWAY = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
 READERS = {
@@ -69,17 +70,37 @@ def test_a_checkpoint_with_one_bit_flipped_is_caught(checkpoint, figure):
     figure(f"{len(flips) + 3} bits, all caught; the state before it is used")
 
 
+def test_weights_truncated_or_flipped_anywhere_are_caught_and_trained_anew(workspace, figure):
+    cell_id = next(iter(CellStore()))
+    path, shown = CellStore().weights_path(cell_id), Path(f"runs/tiny/train/weights/{cell_id}.safetensors")
+    whole, places = path.read_bytes(), random.Random(0)
+    bits = [(places.randrange(len(whole)), places.randrange(8)) for _ in range(times(100, 1000))]
+    damages = [whole[:length] for length in [*range(0, len(whole), 100), len(whole) - 1]]
+    damages += [whole[:byte] + bytes([whole[byte] ^ 1 << bit]) + whole[byte + 1 :] for byte, bit in [(0, 0), (8, 1), *bits]]
+    for number, damaged in enumerate(damages):
+        path.write_bytes(damaged)
+        os.utime(path, ns=(number, number))  # writes within one tick of the clock
+        with pytest.raises(ArtifactError, match=path.name):
+            artifacts.read_tensors(path)
+    assert CellStore().forget_damaged([cell_id]) == [cell_id]
+    train.run("tiny", drive)
+    assert path.read_bytes() == shown.read_bytes() == whole
+    figure(f"{len(damages) - len(bits) - 2} lengths and {len(bits) + 2} bits, all caught; trained anew, bit-identical")
+
+
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
-def test_damaged_weights_stop_what_reads_them_and_are_trained_anew(tmp_path, figure):
+def test_weights_damaged_at_equal_size_and_time_stop_what_reads_them_and_are_trained_anew(tmp_path, figure):
     folder = write_project(tmp_path / "work")
     run(folder, "vaesweep", "prepare", "tiny")
     run(folder, "vaesweep", "train", "tiny", **AWAY)
     path = sorted((folder / "runs/tiny/train/weights").iterdir())[0]
-    whole = path.read_bytes()
-    damaged = whole[:-9] + bytes([whole[-9] ^ 16]) + whole[-8:]
-    (folder / ".vaesweep/cells" / path.stem / path.name.replace(path.stem, "weights")).write_bytes(damaged)
-    path.unlink(missing_ok=True)
-    path.write_bytes(damaged)
+    whole, before = path.read_bytes(), path.stat()
+    with path.open("r+b") as file:  # in the store too, to which it is linked
+        file.seek(-9, os.SEEK_END)
+        file.write(bytes([whole[-9] ^ 16]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = (folder / ".vaesweep/cells" / path.stem / "weights.safetensors").stat()
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
     failed = ran(folder, "vaesweep", "evaluate", "tiny", **AWAY)
     assert failed.returncode == 1 and len(failed.stderr.strip().splitlines()) == 1 and path.name in failed.stderr
     output = run(folder, "vaesweep", "train", "tiny", **AWAY)
