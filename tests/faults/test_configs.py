@@ -3,7 +3,10 @@
 import html
 import itertools
 import json
+import os
 import re
+import resource
+import subprocess
 import time
 from contextlib import suppress
 from html.parser import HTMLParser
@@ -14,7 +17,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from project import PARAMS, ran, write_project
+from project import PARAMS, environment, ran, write_project
 from tiny import SEARCH, STUDY, drive
 
 from pipeline import datasets
@@ -55,6 +58,11 @@ STUDIES = [
     ("seed: [0, 1]", "seed: [-1]", "grid.seed.0: Input should be greater than or equal to 0, but got -1"),
     ("seed: [0, 1]", "seed: [4294967296]", "grid.seed.0: Input should be less than 4294967296"),
     ("seed: [0, 1]", f"seed: [{', '.join(map(str, range(6000)))}]", "has 24000 cells, at most 20000 are allowed"),
+    (
+        "seed: [0, 1]",
+        f"seed: {list(range(1000))}\n  l2: {list(range(250))}",
+        "the grid has 1000000 cells, at most 20000 are allowed",
+    ),
     ("seed: [0, 1]", "seed: [0, 1]\n  l2: [-1e-5]", "grid.l2.0: Input should be greater than or equal to 0, but got -1e-05"),
     ("seed: [0, 1]", "seed: [0, 1]\n  sigma2: [1]", "a Bernoulli likelihood has no σ², so the grid has no axis 'sigma2'"),
     (
@@ -140,6 +148,7 @@ STUDIES = [
         "over: beta",
         "axis 'beta' must have at least 2 values for a test of kind 'monotone', but got only [1.0]",
     ),
+    ("direction: up", "directoin: up", "claims.0.test.directoin: unknown key (did you mean 'direction'?)"),
     ("kind: monotone", "kind: rising", "claims.0.test: Input tag 'rising'"),
     ("direction: up", "direction: upwards", "direction: Input should be 'up' or 'down', but got 'upwards'"),
     ("where: {arm: vae}", "where: {arm: vea}", "axis 'arm' has the values ['vae', 'ae'], but got 'vea'"),
@@ -209,6 +218,28 @@ def test_there_are_sixty_wrong_configs_and_one_is_refused_within_two_seconds_of_
     assert done.returncode == 1 and "data.limitt: unknown option" in done.stderr
     assert len(WRONG) >= 60 and took < 2
     figure(f"{len(WRONG)} configs refused in one line; a whole process took {took:.1f} s")
+
+
+def test_aliases_that_stand_for_gigabytes_of_text_are_refused_without_the_memory(tmp_path, figure):
+    text = f"a: &a {150_000 * 'x'}\nb: [{10_000 * '*a, '}]\n" + STUDY
+    folder = write_project(tmp_path / "work", text)
+    assert len(text) < 200_000
+    ran(folder, "vaesweep", "--help")
+    start = time.monotonic()
+    process = subprocess.Popen(
+        ["vaesweep", "train", "tiny"],
+        cwd=folder,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)),
+    )
+    error = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode, took = os.waitstatus_to_exitcode(status), time.monotonic() - start
+    assert process.returncode == 1 and len(error.splitlines()) == 1 and "configs/tiny.yaml: " in error, error
+    assert took < 2 and usage.ru_maxrss < 500_000, (took, usage.ru_maxrss)
+    figure(f"1.5 GB of text refused in {took:.1f} s, {usage.ru_maxrss / 1000:.0f} MB of memory")
 
 
 HOSTILE = [
