@@ -209,6 +209,38 @@ def test_a_lone_survivor_is_bit_identical_to_the_same_trial_in_a_stack_of_two(wo
         assert apart.record(key) == halved.record(key)
 
 
+def test_a_given_up_cell_that_is_trained_again_keeps_its_checkpoints_from_others(workspace):
+    data, store = load_prepared(Folders("tiny").prepared), CellStore()
+    runtime = find_runtime(Settings(studies=("tiny",), device="cpu"))
+    mine, others = ({"seed": 5}, {"seed": 6})
+    wanted, elsewhere = (
+        identify([replace(cells(load_study("tiny"))[0], **change)], data.hashes, runtime) for change in (mine, others)
+    )
+    (key,) = wanted
+    drive("", Inline(store, runtime).run(wanted, data, 15))
+    store.save_unfinished(key, {"history": {"update": [15]}})
+    store.release()
+    assert key not in store.progress()
+    drive("", Inline(store, runtime).run(wanted, data, 15))
+    drive("", Inline(store, runtime).run(elsewhere, data, 15))
+    assert store.progress()[key].update == 15
+
+
+def test_the_grids_best_is_chosen_on_seeds_on_which_it_is_not_compared(workspace):
+    (hunted, study), data = load_search("hunt"), load_prepared(Folders("tiny").prepared)
+    settings = Settings(studies=("tiny",), device="cpu")
+    with open_storage("sqlite:///optuna.db") as storage:
+        hunt = search.Hunt("hunt", hunted, study, data, settings, CellStore(), storage, lambda: None)
+        assert hunted.winner.seeds == (1, 2) and {cell.seed for cell in hunt.grid.values()} == {0, 1}
+        score = {(2, 0): 1.0, (3, 0): 2.0, (2, 1): 9.0, (3, 1): 3.0}  # by latents and seed
+        hunt._grid_values = {
+            key: [0.0] * hunt.chooses + [score[cell.latent_dim, cell.seed] - (cell.arm_name == "ae")]
+            for key, cell in hunt.grid.items()
+        }
+        rival = hunt._rival()
+    assert (rival.arm_name, rival.latent_dim) == ("vae", 3)
+
+
 def test_what_the_grid_has_trained_begins_the_search_and_is_not_trained_again(workspace):
     text = ONE.replace("low: 0.1, high: 10", "values: [1, 3]").replace("low: 2, high: 4", "values: [2, 3]")
     text = text.replace("kind: random, seed: 0", "kind: grid").replace("trials: 12", "trials: 4")

@@ -11,7 +11,7 @@ from tiny import STUDY, drive, write
 
 from pipeline import databases, tracking
 from pipeline.artifacts import ArtifactError, CellStore, Folders, read_json, read_table, read_tensors
-from pipeline.config import VaesweepError
+from pipeline.config import ConfigError, VaesweepError
 from pipeline.executors import Inline, Interrupted
 from pipeline.stages import clean, evaluate, plan, prepare, prune, search, train
 
@@ -312,3 +312,9 @@ def test_a_study_in_which_every_cell_diverges_ends_well(workspace):
     prune.run("tiny")
     assert set(read_table(Folders("tiny").train / "manifest.csv")["status"]) == {"diverged"}
     assert read_table(Folders("tiny").evaluate / "metrics.csv").empty
+
+
+def test_classes_that_the_data_lack_are_refused_before_any_training(workspace):
+    write(STUDY.replace("evaluate:", "evaluate:\n  between: ['3', 'seven']"))
+    with pytest.raises(ConfigError, match=r"tiny.yaml: evaluate.between: must name two of the classes .*, but got 'seven'"):
+        prepare.run("tiny")

@@ -48,7 +48,8 @@ def trials_of(search: Search, storage, store: str = "store") -> Trials:
 
 
 def measured(batch, count: int) -> dict:
-    return {key: [-abs(cell.beta - 1) - cell.latent_dim / 10, cell.beta][:count] for key, cell in batch.cells.items()}
+    betas = {key: cell.beta or 0.0 for key, cell in batch.cells.items()}
+    return {key: [-abs(betas[key] - 1) - cell.latent_dim / 10, betas[key]][:count] for key, cell in batch.cells.items()}
 
 
 def search_through(search: Search, storage, batches: int = 99, slowly: float = 0.0) -> Trials:
@@ -419,3 +420,23 @@ def test_a_storage_that_is_away_is_one_line_within_seconds_and_no_password(url, 
     assert time.monotonic() - start < 7
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
     assert str(error.value).startswith(url[:15])
+
+
+def test_a_setting_that_some_arms_lack_has_an_importance_too():
+    space = {"arm": {"values": ["vae", "ae"]}, "beta": {"low": 0.1, "high": 4.0}, "latent_dim": {"low": 2, "high": 8}}
+    with open_storage("sqlite:///optuna.db") as storage:
+        trials = search_through(a_search(space=space, trials=24, batch=8), storage)
+        assert set(trials.importances()["setting"]) == {"arm", "beta", "latent_dim"}
+
+
+def test_a_search_whose_trials_fail_too_often_ends_with_what_has_finished():
+    search = a_search(trials=8, batch=4)
+    with open_storage("sqlite:///optuna.db") as storage:
+        trials, finished = trials_of(search, storage), 0
+        with trials.searcher:
+            while batch := trials.next():
+                good = {} if finished else {key: [1.0] for key in list(batch.cells)[:1]}
+                trials.finish(batch, good, {key: {"updates": 100, "score": 1.0} for key in batch.cells})
+                finished += len(good)
+        assert trials.exhausted and trials.standing().complete == finished == 1
+        assert trials.standing().failed == 3 * 8 - 1 and trials.winner()

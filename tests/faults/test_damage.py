@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from project import ROOT, ran, run, write_project
+from project import ROOT, outputs, ran, run, write_clone, write_project
 from scale import ALL, times
 from tiny import SEARCH, drive
 
@@ -146,6 +146,24 @@ def _writer(path: Path) -> int:
 class Payload:
     def __reduce__(self):
         return os.mkdir, ("PWNED",)
+
+
+@pytest.mark.skipif(not ALL, reason="in `make faults`")
+def test_weights_that_are_damaged_under_dvc_are_restored_by_the_next_run(tmp_path, figure):
+    """Also where DVC does not notice, because size and time are as they were."""
+    folder = write_clone(tmp_path / "clone")
+    run(folder, "dvc", "repro", "evaluate@tiny", **AWAY)
+    whole = outputs(folder)
+    path = folder / "runs/tiny/train/weights" / next(name for name in whole if name.startswith("weights/")).split("/")[1]
+    path.write_bytes(whole[f"weights/{path.name}"][:-1] + b"x")
+    run(folder, "dvc", "repro", "evaluate@tiny", **AWAY)
+    assert outputs(folder) == whole
+    path.write_bytes(whole[f"weights/{path.name}"][:-1] + b"x")
+    done = ran(folder, "vaesweep", "evaluate", "tiny", **AWAY)
+    assert done.returncode == 1 and f"{path.relative_to(folder)}: is damaged" in done.stderr and not path.exists()
+    run(folder, "dvc", "repro", "evaluate@tiny", **AWAY)
+    assert outputs(folder) == whole
+    figure("noticed by DVC, or by the stage that reads it; as it was after the next run")
 
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
