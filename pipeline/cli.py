@@ -338,10 +338,10 @@ def _stoppable() -> Iterator[Callable[[], int | None]]:
 def _end_in_time(numbers: int, obeyed: threading.Event) -> None:
     """Ends the process where a signal is not obeyed: Python's own handlers wait while C does, as for a locked database."""
     number = os.read(numbers, 1)
-    os.close(numbers)
     if number and not obeyed.wait(SECONDS_TO_END):
         click.echo("vaesweep: interrupted; the next run goes on from the last checkpoint", err=True)
         os._exit(128 + number[0])
+    os.close(numbers)  # not before: another signal would find nobody who reads
 
 
 def _die_with_dvc() -> None:
