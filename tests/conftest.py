@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 # Before torch is imported. Measured: threads that spin while they wait make two test processes on two cores ten times slower.
@@ -18,6 +19,14 @@ from pipeline.grid import Cell
 
 settings.register_profile("unhurried", deadline=None)  # no test is timed: machines are slow and noisy
 settings.load_profile("unhurried")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says what was not tested for want of something on this machine."""
+    reasons = Counter(report.longrepr[-1].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped"))
+    for reason, count in reasons.items():
+        if reason.startswith("NOT TESTED"):
+            terminalreporter.write_line(f"{reason}: {count} skipped")
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from tiny import SEARCH as HUNT
 from pipeline.storages import open_storage
 
 SEARCHERS, TARGET, ROUNDS = 3, 30, 10
+DEBIANS = Path("/usr/lib/postgresql")
 SEARCH = {"trials": TARGET, "batch": 4, "rungs": (0.25, 0.5), "halving": 2}
 
 
@@ -32,13 +33,21 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def place_of_postgresql() -> Path | None:
+    """The folder of the server's programs: of those on the PATH, else of the newest that Debian keeps off it."""
+    if found := shutil.which("initdb"):
+        return Path(found).resolve().parent
+    kept = (path.parent for path in DEBIANS.glob("*/bin/initdb"))
+    return max(kept, key=lambda folder: float(folder.parent.name), default=None)
+
+
 @pytest.fixture(scope="module")
 def postgresql():
     """The URL of a server that lives as long as these tests."""
     pytest.importorskip("psycopg", reason="NOT TESTED ON POSTGRESQL: psycopg is not installed (extra 'postgres')")
-    if not (found := shutil.which("initdb")):
-        pytest.skip("NOT TESTED ON POSTGRESQL: there is no initdb on the PATH (Debian's package: postgresql)")
-    programs, folder = Path(found).resolve().parent, Path(tempfile.mkdtemp(prefix="postgresql-"))
+    if not (programs := place_of_postgresql()):
+        pytest.skip("NOT TESTED ON POSTGRESQL: there is no initdb (Debian's package: postgresql)")
+    folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
     owner = {"user": "postgres"} if os.getuid() == 0 else {}  # the server refuses to run as root
     if owner:
         shutil.chown(folder, "postgres")
@@ -183,3 +192,20 @@ def busy(process):
     with contextlib.suppress(psutil.Error):
         return process.cpu_times().user > 1 and not process.children()
     return False
+
+
+def test_the_servers_programs_are_those_on_the_path_or_debians_newest(tmp_path, monkeypatch):
+    def put(*parts):
+        folder = tmp_path.joinpath(*parts)
+        folder.mkdir(parents=True)
+        (folder / "initdb").write_text("")
+        (folder / "initdb").chmod(0o755)
+        return folder
+
+    monkeypatch.setitem(globals(), "DEBIANS", tmp_path / "debian")
+    monkeypatch.setenv("PATH", str(tmp_path / "on the path"))
+    assert place_of_postgresql() is None
+    _, newest = put("debian", "9.6", "bin"), put("debian", "15", "bin")
+    assert place_of_postgresql() == newest
+    on_path = put("on the path")
+    assert place_of_postgresql() == on_path
