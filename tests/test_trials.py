@@ -140,7 +140,9 @@ def test_two_objectives_at_a_rung_are_attributes():
 @pytest.mark.parametrize("directions", [("down", "down"), ("up", "down"), ("down", "up"), ("up", "up")])
 def test_the_front_is_all_that_nothing_dominates(directions):
     objectives = tuple({**goal, "direction": direction} for goal, direction in zip(TWO, directions, strict=True))
-    search = a_search(objectives=objectives, winner=FRONT["winner"], sampler={"kind": "random"}, trials=40, batch=20)
+    space = {"beta": {"values": (0.5, 1.0, 2.0, 4.0)}, "latent_dim": {"low": 1, "high": 8}}  # many are equal in one objective
+    changes = {"winner": FRONT["winner"], "sampler": {"kind": "random"}, "trials": 40, "batch": 20, "space": space}
+    search = a_search(objectives=objectives, **changes)
     with open_storage("sqlite:///optuna.db") as storage:
         trials = search_through(search, storage)
         signs = [1 if direction == "down" else -1 for direction in directions]
