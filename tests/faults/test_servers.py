@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import time
@@ -9,8 +10,9 @@ from collections import Counter
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 import pytest
-from project import LONG, begin, run, wait_until, write_project
+from project import LONG, PARAMS, begin, outputs, run, wait_until, write_project
 from scale import ALL, times
 
 from pipeline.tracking import MlflowTracker, ParentRecord, RunRecord, _mlflow
@@ -56,42 +58,66 @@ def cells_on(uri):
     return Counter(run.data.tags["run_key"] for run in runs), {run.info.status for run in runs}
 
 
-@pytest.mark.skipif(not ALL, reason="in `make faults`")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP], ids=lambda number: number.name)
-def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(tmp_path, number, figure, monkeypatch):
-    """Killed or ended, and started again before training ends; or stopped, so that it takes calls and never answers."""
-    monkeypatch.setenv("NO_PROXY", "*")
-    folder, port = write_project(tmp_path / "work", LONG.replace("updates: 3000", "updates: 6000")), free_port()
-    uri = f"http://127.0.0.1:{port}"
-    run(folder, "vaesweep", "prepare", "tiny")
-    (tmp_path / "server").mkdir()
-    served = server(tmp_path / "server", port)
-    training = begin(folder, "vaesweep", "train", "tiny", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
-    wait_until(lambda: runs_on(uri) or training.poll() is not None)
-    os.killpg(served.pid, number)
-    if number != signal.SIGSTOP:
-        served.communicate()
-        served = server(tmp_path / "server", port)
-    in_mid_run = training.poll() is None
-    wait_until((folder / "runs/tiny/train/about.json").exists, 300)
-    trained = time.monotonic()
-    _, errors = training.communicate()
-    ended_after = time.monotonic() - trained
-    assert training.returncode == 0 and in_mid_run and ended_after < 30, errors
-    assert len(list((folder / "runs/tiny/train/weights").iterdir())) == 8
-    if number == signal.SIGSTOP:
-        assert "not in MLflow yet" in errors
-        os.killpg(served.pid, signal.SIGCONT)
+ONE_BY_ONE = PARAMS.replace("device: cpu", "device: cpu, stack_size: 1")
+"""Cells that end, and are published, one after another."""
+AWAY = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+
+
+@pytest.fixture(scope="module")
+def without_server(tmp_path_factory):
+    """The outputs of the long study, trained without a tracking server."""
+    folder = write_project(tmp_path_factory.mktemp("without") / "work", LONG)
+    (folder / "params.yaml").write_text(ONE_BY_ONE)
+    for stage in ("prepare", "train"):
+        run(folder, "vaesweep", stage, "tiny", **AWAY)
+    return outputs(folder)
+
+
+def check_synced(folder, uri):
+    """A server has each cell once after `sync`, however often."""
     for _ in range(2):
         run(folder, "vaesweep", "sync", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
     counted, statuses = cells_on(uri)
-    stop(served, signal.SIGTERM)
     assert len(counted) == 1 + 8 and set(counted.values()) == {1} and statuses == {"FINISHED"}
+
+
+@pytest.mark.skipif(not ALL, reason="in `make faults`")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP], ids=lambda number: number.name)
+def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(tmp_path, without_server, number, figure, monkeypatch):
+    """Killed or ended until a call has failed, and started again before training ends; or stopped, so that it never answers."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    folder, port = write_project(tmp_path / "work", LONG), free_port()
+    (folder / "params.yaml").write_text(ONE_BY_ONE)
+    uri, errors = f"http://127.0.0.1:{port}", folder / "errors"
+    run(folder, "vaesweep", "prepare", "tiny")
+    (tmp_path / "server").mkdir()
+    served = server(tmp_path / "server", port)
+    training = begin(folder, "sh", "-c", "exec vaesweep train tiny 2>errors", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
+    wait_until(lambda: runs_on(uri) or training.poll() is not None)
+    os.killpg(served.pid, number)
+    wait_until(lambda: "not in MLflow yet" in errors.read_text() or training.poll() is not None)
+    in_mid_run = training.poll() is None
+    if number != signal.SIGSTOP:
+        served.communicate()
+        served = server(tmp_path / "server", port)
+        in_mid_run = training.poll() is None
+    wait_until((folder / "runs/tiny/train/about.json").exists, 300)
+    trained = time.monotonic()
+    training.communicate()
+    ended_after = time.monotonic() - trained
+    assert training.returncode == 0 and in_mid_run and ended_after < 30, errors.read_text()
+    assert "not in MLflow yet" in errors.read_text()
+    assert outputs(folder) == without_server
+    if number == signal.SIGSTOP:
+        os.killpg(served.pid, signal.SIGCONT)
+    check_synced(folder, uri)
+    stop(served, signal.SIGTERM)
     figure(f"training went on, and ended {ended_after:.0f} s after its last file; 8 of 8 cells once on the server after `sync`")
 
 
 def test_a_server_that_is_away_is_decided_within_seconds_and_training_goes_on(tmp_path, figure):
-    folder, uri = write_project(tmp_path / "work"), f"http://127.0.0.1:{free_port()}"
+    folder, port = write_project(tmp_path / "work"), free_port()
+    uri = f"http://127.0.0.1:{port}"
     run(folder, "vaesweep", "prepare", "tiny")
     output = run(folder, "vaesweep", "train", "tiny", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
     assert output.count("not in MLflow yet") == 1 and "vaesweep sync" in output
@@ -101,6 +127,47 @@ def test_a_server_that_is_away_is_decided_within_seconds_and_training_goes_on(tm
     took = time.monotonic() - start
     assert took < 5
     figure(f"one line; decided in {took:.1f} s")
+
+
+@pytest.mark.skipif(not ALL, reason="in `make faults`")
+def test_a_server_that_was_away_at_the_start_gets_every_cell_once(tmp_path, figure, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    folder, port = write_project(tmp_path / "work"), free_port()
+    uri = f"http://127.0.0.1:{port}"
+    run(folder, "vaesweep", "prepare", "tiny")
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    assert "not in MLflow yet" in run(folder, "vaesweep", "train", "tiny", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
+    assert "not in MLflow yet" not in run(whole, "vaesweep", "train", "tiny")
+    assert outputs(folder) == outputs(whole)
+    (tmp_path / "server").mkdir()
+    served = server(tmp_path / "server", port)
+    check_synced(folder, uri)
+    stop(served, signal.SIGTERM)
+    figure("trained as with a store that is there; 8 of 8 cells once on the server after `sync`")
+
+
+@pytest.mark.skipif(not ALL, reason="in `make faults`")
+@pytest.mark.parametrize(
+    ("told", "address"), [([], "127.0.0.1"), (["--host", "127.0.0.2"], "127.0.0.2")], ids=["default", "told"]
+)
+def test_the_ui_listens_on_this_machine_alone_unless_told_otherwise(tmp_path, told, address, figure):
+    port = free_port()
+    ui = begin(tmp_path, "vaesweep", "ui", "--port", str(port), *told)
+
+    def listening():
+        assert ui.poll() is None, ui.communicate()
+        processes = [psutil.Process(ui.pid), *psutil.Process(ui.pid).children(recursive=True)]
+        sockets = [socket for process in processes for socket in process.net_connections("inet")]
+        return {socket.laddr for socket in sockets if socket.status == psutil.CONN_LISTEN}
+
+    try:
+        wait_until(listening)
+        urlopen(f"http://{address}:{port}/health", timeout=60)
+        found = listening()
+    finally:
+        stop(ui, signal.SIGKILL)
+    assert found == {(address, port)}
+    figure(f"{address}, and nowhere else")
 
 
 def publishing(folder, rounds, barrier):
