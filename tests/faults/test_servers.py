@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections import Counter
+from contextlib import suppress
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -156,9 +157,11 @@ def test_the_ui_listens_on_this_machine_alone_unless_told_otherwise(tmp_path, to
 
     def listening():
         assert ui.poll() is None, ui.communicate()
-        processes = [psutil.Process(ui.pid), *psutil.Process(ui.pid).children(recursive=True)]
-        sockets = [socket for process in processes for socket in process.net_connections("inet")]
-        return {socket.laddr for socket in sockets if socket.status == psutil.CONN_LISTEN}
+        found = set()
+        for process in [psutil.Process(ui.pid), *psutil.Process(ui.pid).children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                found |= {at.laddr for at in process.net_connections("inet") if at.status == psutil.CONN_LISTEN}
+        return found
 
     try:
         wait_until(listening)
