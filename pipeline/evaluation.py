@@ -364,7 +364,7 @@ def measure(*names: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def measured(stack: Measured) -> dict[str, list[float | None]]:
+def measured(stack: Measured) -> dict[str, list[float | int | None]]:
     """Every measure by name: one number a cell, or None."""
     found: dict[str, Values] = {}
     for names, function in MEASUREMENTS.items():
@@ -378,7 +378,7 @@ def measured_one(stack: Measured, name: str) -> list[float | None]:
     function = next(function for names, function in MEASUREMENTS.items() if name in names)
     values = function(stack)
     values = values[name] if isinstance(values, Mapping) else values
-    return [None] * len(stack.keys) if values is None else values.tolist()
+    return [None] * len(stack.keys) if values is None else values.double().tolist()
 
 
 def noise_curves(stack: Measured) -> Iterator[tuple[str, float, dict[str, list[float]]]]:

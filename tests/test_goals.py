@@ -28,9 +28,7 @@ def goal(metric: str, **more) -> Goal:
 
 
 CLEAN = [
-    goal(name.replace("test/", "validation/"))
-    for name in MEASURES
-    if not name.startswith(("noise/", "matched/", "prune/")) and name != "test/active_units"  # which is whole, against its type
+    goal(name.replace("test/", "validation/")) for name in MEASURES if not name.startswith(("noise/", "matched/", "prune/"))
 ]
 NOISY = [
     goal(f"noise/{column}", noise=kind, level=level)
