@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline import databases
-from pipeline.config import PARAMS_FILE, ConfigError, VaesweepError, config_path, load_settings, load_study, nearest
+from pipeline.config import PARAMS_FILE, ConfigError, VaesweepError, config_path, load_settings, load_study, nearest, printable
 
 if TYPE_CHECKING:
     from pipeline.executors import Advance
@@ -57,8 +57,7 @@ def _is_users(error: BaseException) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    """What went wrong, without characters that steer a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(_told(error).split())) or "interrupted"
+    return printable(" ".join(_told(error).split())) or "interrupted"
 
 
 def _told(error: BaseException) -> str:

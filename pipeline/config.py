@@ -30,8 +30,16 @@ MAX_BYTES = 100_000  # a second's reading
 MAX_VALUES = 50_000
 
 
+def printable(text: str) -> str:
+    """One line without characters that steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class VaesweepError(Exception):
     """Every error that a user can cause; the command line prints it as one line and exits with a non-zero status."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(VaesweepError):

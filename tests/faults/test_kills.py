@@ -160,11 +160,10 @@ def parent_status(folder):
     return named[0][0] if named else None
 
 
+@pytest.mark.skipif(not ALL, reason="in `make faults`")
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_leaves_a_checkpoint_and_a_killed_run(long_study, number, code, group, figure):
-    if not ALL and not (group and number == signal.SIGINT):
-        pytest.skip("in `make faults`")
     make_database(long_study)
     process = begin(long_study, "vaesweep", "train", "tiny")
     wait_until(lambda: parent_status(long_study) == "RUNNING")
