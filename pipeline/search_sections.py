@@ -130,8 +130,8 @@ def _gain(results: SearchResults) -> str:
         for goal in _goals(search)
     ]
     return md.join(
-        f"{named}; so is the grid's best, {_setting(grid)} (by its mean over the grid's other seeds). {verdict}: "
-        f"{intervals.with_bounds(difference)} in {search.chooses.label}.{same}",
+        f"{named}; so is the grid's best, {_setting(grid)} (by its mean over the grid's other seeds, if it has any). "
+        f"{verdict}: {intervals.with_bounds(difference)} in {search.chooses.label}.{same}",
         md.table(["test set, with 95% intervals over seeds", "winner", "grid's best", "difference"], rows),
     )
 

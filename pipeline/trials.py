@@ -267,12 +267,12 @@ class Trials:
                 evaluator=FanovaImportanceEvaluator(seed=0),
                 target=lambda t, at=number: t.values[at],
             )
-            found: dict[str, float] = {}
-            for settings in (None, list(self.search.space.varied)):
-                with warnings.catch_warnings(), contextlib.suppress(ValueError, RuntimeError):  # too few trials, or all alike
-                    warnings.simplefilter("ignore")
-                    found = assess(params=settings) | found
-            rows += [{"goal": goal.name, "setting": name, "importance": value} for name, value in found.items()]
+            with warnings.catch_warnings(), contextlib.suppress(ValueError, RuntimeError):  # too few trials, or all alike
+                warnings.simplefilter("ignore")
+                found = assess()
+                if set(self.search.space.varied) - set(found):
+                    found = assess(params=list(self.search.space.varied)) | found
+                rows += [{"goal": goal.name, "setting": name, "importance": value} for name, value in found.items()]
         return pd.DataFrame(rows, columns=["goal", "setting", "importance"])
 
     def cell(self, params: Mapping[str, Scalar]) -> Cell:
