@@ -6,25 +6,17 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import random
 import re
 import shutil
-import signal
-import sqlite3
-import time
-from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import SEARCH, STUDY, drive, write
+from tiny import HALVED, SEARCH, STUDY, drive, write
 
-from pipeline import search_figures, tracking
+from pipeline import search_figures
 from pipeline.artifacts import CellStore, Folders, load_prepared, read_json, read_table
 from pipeline.config import Settings, load_study
 from pipeline.executors import Inline, Interrupted, Workers, find_runtime, plan_stacks
@@ -33,22 +25,6 @@ from pipeline.searches import load_search
 from pipeline.stages import search, train
 from pipeline.storages import SearchError, open_storage, storage_url
 from pipeline.trials import Trials
-
-ONE = """
-title: Halved
-study: tiny
-space:
-  beta: {low: 0.1, high: 10}
-  latent_dim: {low: 2, high: 4}
-objectives: [{metric: validation/bce_elbo, direction: up}]
-winner: {seeds: [1, 2]}
-sampler: {kind: random, seed: 0}
-trials: 12
-batch: 6
-rungs: [0.3, 0.6]
-halving: 2
-"""
-KILLS = 5
 
 
 def searched(name: str = "hunt") -> pd.DataFrame:
@@ -120,7 +96,7 @@ def test_an_emptied_store_costs_a_search_its_training_and_nothing_else(workspace
 
 @pytest.mark.parametrize("kind", ["random", "tpe"])
 def test_a_search_whose_trials_were_deleted_ends_with_the_same_ones_and_trains_nothing(workspace, monkeypatch, kind):
-    write(ONE.replace("kind: random", f"kind: {kind}"), "hunt")
+    write(HALVED.replace("kind: random", f"kind: {kind}"), "hunt")
     trials = searched()
     (workspace / "optuna.db").unlink()
 
@@ -148,10 +124,10 @@ def test_a_search_finds_the_grid_where_dvc_restored_it_and_the_store_is_empty(wo
     ],
 )
 def test_what_data_or_budget_cannot_give_is_refused_and_leaves_no_study_behind(workspace, right, wrong, message):
-    write(ONE.replace(right, wrong), "hunt")
+    write(HALVED.replace(right, wrong), "hunt")
     with pytest.raises(SearchError, match=re.escape(message)):
         search.run("hunt", drive)
-    write(ONE, "hunt")
+    write(HALVED, "hunt")
     assert len(own(searched())) == 4
 
 
@@ -191,7 +167,7 @@ def test_where_the_study_asks_something_else_nothing_is_trained(workspace):
 
 @pytest.mark.parametrize(("latent_dim", "beside"), [("2", 2), ("{low: 3, high: 4}", 4)])
 def test_a_lone_survivor_is_bit_identical_to_the_same_trial_in_a_stack_of_two(workspace, latent_dim, beside):
-    write(ONE.replace("{low: 2, high: 4}", latent_dim).replace("halving: 2", "halving: 3"), "hunt")
+    write(HALVED.replace("{low: 2, high: 4}", latent_dim).replace("halving: 2", "halving: 3"), "hunt")
     trials = searched()
     assert (len(own(trials)), len(own(trials, "pruned"))) == (2, 10)  # of each batch of 6 two, then one
     halved, apart = CellStore(), CellStore(workspace / "apart")
@@ -242,7 +218,7 @@ def test_the_grids_best_is_chosen_on_seeds_on_which_it_is_not_compared(workspace
 
 
 def test_what_the_grid_has_trained_begins_the_search_and_is_not_trained_again(workspace):
-    text = ONE.replace("low: 0.1, high: 10", "values: [1, 3]").replace("low: 2, high: 4", "values: [2, 3]")
+    text = HALVED.replace("low: 0.1, high: 10", "values: [1, 3]").replace("low: 2, high: 4", "values: [2, 3]")
     text = text.replace("kind: random, seed: 0", "kind: grid").replace("trials: 12", "trials: 4")
     write(text[: text.index("rungs")], "hunt")
     before = written()
@@ -267,7 +243,7 @@ def test_what_the_grid_has_trained_begins_the_search_and_is_not_trained_again(wo
 
 @pytest.mark.parametrize("kind", ["median", "percentile", "successive_halving", "hyperband"])
 def test_every_pruner_prunes_in_a_search(workspace, kind):
-    write(ONE.replace("halving: 2", f"pruner: {{kind: {kind}}}").replace("trials: 12", "trials: 24"), "hunt")
+    write(HALVED.replace("halving: 2", f"pruner: {{kind: {kind}}}").replace("trials: 12", "trials: 24"), "hunt")
     trials = searched()
     pruned, complete = own(trials, "pruned"), own(trials)
     assert len(pruned) > 0 and len(complete) > 0 and len(pruned) + len(complete) == 24
@@ -276,14 +252,14 @@ def test_every_pruner_prunes_in_a_search(workspace, kind):
 
 
 def test_a_trial_that_diverges_has_failed_and_another_takes_its_place(workspace):
-    write(ONE.replace("latent_dim: {low: 2, high: 4}", "latent_dim: 3\n  learning_rate: {values: [0.001, 1.0e+30]}"), "hunt")
+    write(HALVED.replace("latent_dim: {low: 2, high: 4}", "latent_dim: 3\n  learning_rate: {values: [0.001, 1.0e+30]}"), "hunt")
     trials = searched()
     assert len(own(trials)) + len(own(trials, "pruned")) == 12
     assert len(failed := own(trials, "failed")) > 0 and set(failed["learning_rate"]) == {1e30}
     assert set(own(trials)["learning_rate"]) == {0.001}
 
 
-@pytest.mark.parametrize("text", [SEARCH, ONE], ids=["two objectives", "one, halved"])
+@pytest.mark.parametrize("text", [SEARCH, HALVED], ids=["two objectives", "one, halved"])
 def test_every_figure_of_a_search_shows_its_trials(workspace, text):
     write(text, "hunt")
     trials, folder = searched(), Folders("hunt").search
@@ -304,75 +280,3 @@ def test_the_hypervolume_is_the_area_that_a_front_dominates():
     assert search_figures.hypervolume(np.array([[0.0, 0.0]])) == 1
     assert search_figures.hypervolume(np.array([[1.0, 1.0]])) == 0
     assert search_figures.hypervolume(np.array([[0.5, 0.25], [0.25, 0.5], [0.6, 0.6]])) == pytest.approx(0.375 + 0.125)
-
-
-def attributes(name: str) -> list:
-    """What the storage notes of trials under a name."""
-    with closing(sqlite3.connect("optuna.db")) as database:
-        return database.execute("select value_json from trial_user_attributes where key = ?", [name]).fetchall()
-
-
-def hunting(folder: Path, begun) -> None:
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    tracking.MlflowTracker = tracking.MemoryTracker
-    search.run("hunt", lambda name, steps: [begun.set() for _ in steps])
-
-
-@pytest.fixture
-def begin(workspace):
-    """Starts a process that searches, and tells when it has begun."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-
-    def begin():
-        begun = context.Event()
-        process = context.Process(target=hunting, args=(workspace, begun))
-        process.begun = begun
-        process.start()
-        return process
-
-    return begin
-
-
-def test_two_searchers_share_a_search_and_both_end_with_all_of_it(workspace, begin):
-    write(ONE.replace("trials: 12", "trials: 24"), "hunt")
-    both = [begin(), begin()]
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
-    trials = read_table(Folders("hunt").search / "trials.csv")
-    assert sorted(trials["trial"].dropna()) == list(range(24))
-    assert set(trials["state"]) == {"grid", "complete", "pruned"}
-    assert len(read_table(Folders("hunt").search / "winner.csv")) == 4
-    assert len(set(attributes("searcher"))) == 2
-
-
-def ended(process, seconds: float | None = None) -> float:
-    """How long a search took from its first step, or until it was killed."""
-    assert process.begun.wait(120)
-    start = time.monotonic()
-    process.join(seconds)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return time.monotonic() - start
-
-
-@pytest.mark.parametrize("kind", ["random", "tpe"])
-def test_a_search_killed_at_five_moments_ends_with_the_trials_of_one_that_was_not(workspace, begin, kind):
-    write(ONE.replace("kind: random", f"kind: {kind}"), "hunt")
-    process, moments, killed, again = begin(), random.Random(0), 0, 0
-    took = ended(process)
-    trials = read_table(Folders("hunt").search / "trials.csv")
-    while killed < KILLS or process.exitcode:
-        if process.exitcode == 0:
-            for left in (workspace / "optuna.db", workspace / ".vaesweep", Folders("hunt").search):
-                left.unlink() if left.is_file() else shutil.rmtree(left)
-        process = begin()
-        ended(process, moments.uniform(0, 0.4) * took if killed < KILLS else None)
-        killed += process.exitcode != 0
-        if process.exitcode == 0:
-            pd.testing.assert_frame_equal(read_table(Folders("hunt").search / "trials.csv"), trials)
-            again += len(attributes("retry_of"))
-    assert again > 0

@@ -31,6 +31,21 @@ trials: 5
 batch: 2
 """
 
+HALVED = """
+title: Halved
+study: tiny
+space:
+  beta: {low: 0.1, high: 10}
+  latent_dim: {low: 2, high: 4}
+objectives: [{metric: validation/bce_elbo, direction: up}]
+winner: {seeds: [1, 2]}
+sampler: {kind: random, seed: 0}
+trials: 12
+batch: 6
+rungs: [0.3, 0.6]
+halving: 2
+"""
+
 
 def write(text=STUDY, name="tiny"):
     Path("configs", f"{name}.yaml").write_text(text, encoding="utf-8")

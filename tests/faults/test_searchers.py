@@ -6,24 +6,32 @@ import collections
 import contextlib
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
+import torch
 from project import LONG, begin, run, wait_until, write_project
-from scale import ALL
+from scale import ALL, times
 from test_trials import a_search, search_through, trials_of
+from tiny import HALVED, write
 from tiny import SEARCH as HUNT
 
+from pipeline import tracking
+from pipeline.artifacts import Folders, read_table
+from pipeline.stages import search
 from pipeline.storages import open_storage
 
-SEARCHERS, TARGET, ROUNDS = 3, 30, 10
+SEARCHERS, TARGET, ROUNDS = 3, 30, times(3, 10)
 DEBIANS = Path("/usr/lib/postgresql")
 SEARCH = {"trials": TARGET, "batch": 4, "rungs": (0.25, 0.5), "halving": 2}
 
@@ -62,6 +70,14 @@ def postgresql():
     yield f"postgresql://me@127.0.0.1:{port}/postgres"
     subprocess.run([*control, "-m", "immediate", "stop"], **quiet)
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def context():
+    """Of processes of their own, which import all this once together."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -106,8 +122,7 @@ def asking(url: str, name: str, asked) -> None:
             time.sleep(600)
 
 
-def test_first_starts_at_one_moment_on_an_empty_database(empty):
-    context = multiprocessing.get_context("spawn")
+def test_first_starts_at_one_moment_on_an_empty_database(context, empty):
     barrier = context.Barrier(SEARCHERS, timeout=60)
     processes = [context.Process(target=opening, args=(empty, barrier)) for _ in range(SEARCHERS)]
     for process in processes:
@@ -117,8 +132,7 @@ def test_first_starts_at_one_moment_on_an_empty_database(empty):
     assert [process.exitcode for process in processes] == [0] * SEARCHERS
 
 
-def test_several_processes_share_the_work_and_pass_no_target(url):
-    context = multiprocessing.get_context("spawn")
+def test_several_processes_share_the_work_and_pass_no_target(context, url):
     barrier = context.Barrier(SEARCHERS, timeout=60)
     processes = [context.Process(target=searching, args=(url, "shared", barrier)) for _ in range(SEARCHERS)]
     for process in processes:
@@ -133,8 +147,7 @@ def test_several_processes_share_the_work_and_pass_no_target(url):
         assert len(shares) == SEARCHERS, shares
 
 
-def test_of_three_processes_one_is_killed_and_its_batch_run_anew_once(url, figure):
-    context = multiprocessing.get_context("spawn")
+def test_of_three_processes_one_is_killed_and_its_batch_run_anew_once(context, url, figure):
     asked, barrier = context.Event(), context.Barrier(SEARCHERS - 1, timeout=60)
     killed = context.Process(target=asking, args=(url, "killed", asked))
     killed.start()
@@ -155,6 +168,79 @@ def test_of_three_processes_one_is_killed_and_its_batch_run_anew_once(url, figur
         assert len(left) == 4 and all(params in ended for params in left)
         assert sum(trial.user_attrs.get("void") == "stale" for trial in storage.get_all_trials(trials.study._study_id)) == 4
     figure(f"{len(left)} of {len(left)} left trials run anew, {standing.ended} of {TARGET} ended")
+
+
+def attributes(name: str) -> list:
+    """What the storage notes of trials under a name."""
+    with contextlib.closing(sqlite3.connect("optuna.db")) as database:
+        return database.execute("select value_json from trial_user_attributes where key = ?", [name]).fetchall()
+
+
+def hunting(folder: Path, begun, training) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    tracking.MlflowTracker = tracking.MemoryTracker
+    search.run("hunt", lambda name, steps: [(training if number else begun).set() for number, _ in enumerate(steps)])
+
+
+@pytest.fixture
+def begin_search(workspace, context):
+    """Starts a process that searches, and tells when it has begun, and when it trains."""
+
+    def begin_search():
+        begun, training = context.Event(), context.Event()
+        process = context.Process(target=hunting, args=(workspace, begun, training))
+        process.begun, process.training = begun, training
+        process.start()
+        return process
+
+    return begin_search
+
+
+def test_two_searchers_share_a_search_and_both_end_with_all_of_it(workspace, begin_search):
+    write(HALVED.replace("trials: 12", "trials: 24"), "hunt")
+    both = [begin_search(), begin_search()]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    trials = read_table(Folders("hunt").search / "trials.csv")
+    assert sorted(trials["trial"].dropna()) == list(range(24))
+    assert set(trials["state"]) == {"grid", "complete", "pruned"}
+    assert len(read_table(Folders("hunt").search / "winner.csv")) == 4
+    assert len(set(attributes("searcher"))) == 2
+
+
+def ended(process, seconds: float | None = None) -> float:
+    """How long a search took from its first step, or until it was killed."""
+    assert process.begun.wait(120)
+    start = time.monotonic()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("kind", ["tpe", "random"][: times(1, 2)])
+def test_a_search_killed_at_random_moments_ends_with_the_trials_of_one_that_was_not(workspace, begin_search, kind, figure):
+    write(HALVED.replace("kind: random", f"kind: {kind}"), "hunt")
+    process, moments, kills, killed, again = begin_search(), random.Random(0), times(2, 5), 0, 0
+    took = ended(process)
+    trials = read_table(Folders("hunt").search / "trials.csv")
+    while killed < kills or process.exitcode:
+        if process.exitcode == 0:
+            for left in (workspace / "optuna.db", workspace / ".vaesweep", Folders("hunt").search):
+                left.unlink() if left.is_file() else shutil.rmtree(left)
+        process = begin_search()
+        if not killed:  # one at least meets a batch
+            assert process.training.wait(120)
+        ended(process, moments.uniform(0, 0.4 * bool(killed)) * took if killed < kills else None)
+        killed += process.exitcode != 0
+        if process.exitcode == 0:
+            pd.testing.assert_frame_equal(read_table(Folders("hunt").search / "trials.csv"), trials)
+            again += len(attributes("retry_of"))
+    assert again > 0
+    figure(f"{killed} kills, {again} trials run anew, the same trials at the end")
 
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
