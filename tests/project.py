@@ -12,6 +12,28 @@ from tiny import SEARCH, STUDY
 ROOT = Path(__file__).parents[1]
 TRACKED = ("pipeline", "configs", "dvc.yaml", "params.yaml", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore")
 LONG = STUDY.replace("updates: 30, history_points: 10", "updates: 3000, history_points: 300")
+GATED = """
+import time
+from pathlib import Path
+from pipeline.trainer import StackTrainer
+
+step = StackTrainer._step
+
+
+def waiting(trainer, *block):
+    while len(list(Path(".vaesweep/cells").glob("*/record.json"))) >= int(Path("gate").read_text() or 0):
+        Path("waits").touch()
+        time.sleep(0.05)
+    return step(trainer, *block)
+
+
+StackTrainer._step = waiting
+if __name__ == "__main__":
+    from pipeline.cli import main
+
+    main()
+"""
+"""`vaesweep`, whose training waits while as many cells are finished as the file `gate` says; then there is a file `waits`."""
 PARAMS = (
     "{studies: [tiny], searches: {hunt: tiny}, searches_alone: [], reports: reports, scales: {}, "
     "device: cpu, precision: float32}"
@@ -40,6 +62,13 @@ def begin(folder, *command, **more):
     """Starts a command in a process group of its own."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment(**more), start_new_session=True, **pipes)
+
+
+def begin_gated(folder, gate, *command, **more):
+    """Starts a command of `vaesweep` whose training waits once there are so many cells."""
+    (folder / "gated.py").write_text(GATED)
+    (folder / "gate").write_text(str(gate))
+    return begin(folder, sys.executable, "gated.py", *command, **more)
 
 
 def make_database(folder):

@@ -17,10 +17,9 @@ import time
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
 import torch
-from project import LONG, begin, run, wait_until, write_project
+from project import begin, begin_gated, run, wait_until, write_project
 from scale import ALL, times
 from test_trials import a_search, search_through, trials_of
 from tiny import HALVED, write
@@ -245,18 +244,18 @@ def test_a_search_killed_at_random_moments_ends_with_the_trials_of_one_that_was_
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
 def test_of_three_commands_one_is_killed_while_it_trains_and_its_trials_run_anew(url, tmp_path, figure):
-    folder, target = write_project(tmp_path / "work", LONG), 9
+    folder, target = write_project(tmp_path / "work"), 9
     (folder / "configs/hunt.yaml").write_text(HUNT.replace("trials: 5", f"trials: {target}"))
     named = f"sqlite:///{folder}/optuna.db" if url.startswith("sqlite") else url
     settings = {"OPTUNA_STORAGE": named, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     for stage in ("prepare", "train"):
         run(folder, "vaesweep", stage, "tiny", **settings)
-    searchers = [begin(folder, "vaesweep", "search", "hunt", **settings) for _ in range(SEARCHERS)]
-    killed = searchers[0]
-    line = next(line for line in killed.stderr if "to update" in line)
-    wait_until(lambda: [p for p in psutil.Process(killed.pid).children(recursive=True) if busy(p)])
-    assert killed.poll() is None, line
+    killed = begin_gated(folder, 8, "search", "hunt", **settings)
+    wait_until(lambda: (folder / "waits").exists() or killed.poll() is not None)
+    searchers = [killed, *(begin(folder, "vaesweep", "search", "hunt", **settings) for _ in range(SEARCHERS - 1))]
+    wait_until(lambda: len(list((folder / ".vaesweep/cells").glob("*/record.json"))) > 8)
     killed.kill()
+    (folder / "gate").write_text("99")
     errors = [searcher.communicate()[1] for searcher in searchers]
     assert [searcher.returncode for searcher in searchers] == [-signal.SIGKILL, 0, 0], errors
     with open_storage(named) as storage:
@@ -271,13 +270,6 @@ def test_of_three_commands_one_is_killed_while_it_trains_and_its_trials_run_anew
     table = (folder / "runs/hunt/search/trials.csv").read_text().splitlines()
     assert sum(",complete," in line for line in table) == target
     figure(f"{len(left)} of {len(left)} left trials run anew, {len(own)} of {target} ended")
-
-
-def busy(process):
-    """Whether a process trains, and does not only fork those that do; it may end meanwhile."""
-    with contextlib.suppress(psutil.Error):
-        return process.cpu_times().user > 1 and not process.children()
-    return False
 
 
 def test_the_servers_programs_are_those_on_the_path_or_debians_newest(tmp_path, monkeypatch):

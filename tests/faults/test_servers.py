@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
-from project import LONG, PARAMS, begin, outputs, run, wait_until, write_project
+from project import PARAMS, begin, begin_gated, outputs, run, wait_until, write_project
 from scale import ALL, times
 
 from pipeline.tracking import MlflowTracker, ParentRecord, RunRecord, _mlflow
@@ -64,16 +64,6 @@ ONE_BY_ONE = PARAMS.replace("device: cpu", "device: cpu, stack_size: 1")
 AWAY = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
 
 
-@pytest.fixture(scope="module")
-def without_server(tmp_path_factory):
-    """The outputs of the long study, trained without a tracking server."""
-    folder = write_project(tmp_path_factory.mktemp("without") / "work", LONG)
-    (folder / "params.yaml").write_text(ONE_BY_ONE)
-    for stage in ("prepare", "train"):
-        run(folder, "vaesweep", stage, "tiny", **AWAY)
-    return outputs(folder)
-
-
 def check_synced(folder, uri):
     """A server has each cell once after `sync`, however often."""
     for _ in range(2):
@@ -84,31 +74,33 @@ def check_synced(folder, uri):
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP], ids=lambda number: number.name)
-def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(tmp_path, without_server, number, figure, monkeypatch):
+def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(tmp_path, number, figure, monkeypatch):
     """Killed or ended until a call has failed, and started again before training ends; or stopped, so that it never answers."""
     monkeypatch.setenv("NO_PROXY", "*")
-    folder, port = write_project(tmp_path / "work", LONG), free_port()
+    folder, port = write_project(tmp_path / "work"), free_port()
     (folder / "params.yaml").write_text(ONE_BY_ONE)
-    uri, errors = f"http://127.0.0.1:{port}", folder / "errors"
+    uri, gate = f"http://127.0.0.1:{port}", folder / "gate"
     run(folder, "vaesweep", "prepare", "tiny")
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    run(whole, "vaesweep", "train", "tiny", **AWAY)
     (tmp_path / "server").mkdir()
     served = server(tmp_path / "server", port)
-    training = begin(folder, "sh", "-c", "exec vaesweep train tiny 2>errors", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
-    wait_until(lambda: runs_on(uri) or training.poll() is not None)
+    training = begin_gated(folder, 3, "train", "tiny", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
+    wait_until(lambda: len(runs_on(uri)) > 1 or training.poll() is not None)
     os.killpg(served.pid, number)
-    wait_until(lambda: "not in MLflow yet" in errors.read_text() or training.poll() is not None)
-    in_mid_run = training.poll() is None
+    gate.write_text("6")
+    line = next((line for line in training.stderr if "not in MLflow yet" in line), None)
     if number != signal.SIGSTOP:
         served.communicate()
         served = server(tmp_path / "server", port)
-        in_mid_run = training.poll() is None
-    wait_until((folder / "runs/tiny/train/about.json").exists, 300)
+    in_mid_run = training.poll() is None and len(list((folder / ".vaesweep/cells").glob("*/record.json"))) < 8
+    gate.write_text("9")
+    wait_until((folder / "runs/tiny/train/about.json").exists)
     trained = time.monotonic()
-    training.communicate()
+    _, errors = training.communicate()
     ended_after = time.monotonic() - trained
-    assert training.returncode == 0 and in_mid_run and ended_after < 30, errors.read_text()
-    assert "not in MLflow yet" in errors.read_text()
-    assert outputs(folder) == without_server
+    assert training.returncode == 0 and line and in_mid_run and ended_after < 30, errors
+    assert outputs(folder) == outputs(whole)
     if number == signal.SIGSTOP:
         os.killpg(served.pid, signal.SIGCONT)
     check_synced(folder, uri)
