@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import gc
 import math
 import os
 import signal
@@ -26,12 +24,11 @@ if TYPE_CHECKING:
 EVERY_SECONDS = 15.0
 TOLD_FROM = 0.03  # share of a search after which its time left is told
 PARENT_POLL_SECONDS = 0.2
-SECONDS_TO_END = 4.5  # after a signal
+SECONDS_TO_END = 4.0  # after a signal
 ORPHAN_SECONDS = 0.6  # in which a checkpoint may be taken
 ONE_REQUEST_SECONDS = 1.0  # in which several signals are one request, as when a whole group is told to end
 
 _ending = threading.Event()
-atexit.register(gc.freeze)  # else Python looks through all that torch and MLflow made once more at its end, for two seconds
 
 
 class Group(click.Group):

@@ -383,7 +383,7 @@ claims:
 
 def test_a_ledger_of_null_tables_decides_anything_in_at_most_one_of_twenty(tmp_path):
     """From tables to verdicts: cells are independent draws from N(0, 1), and no more than 5% of ledgers may decide any."""
-    study, generator, rounds = read(tmp_path, NULL), np.random.default_rng(2), 300
+    study, generator, rounds = read(tmp_path, NULL), np.random.default_rng(2), 150
     cells = pd.DataFrame([{"cell_id": str(n), **cell.row(), "unconverged": False} for n, cell in enumerate(grid.cells(study))])
     wrong = 0
     for _ in range(rounds):

@@ -118,7 +118,7 @@ def test_interrupted_anywhere_ends_bit_identical(tmp_path, data, wanted, monkeyp
 
 def test_interrupted_workers_leave_stacks_that_wait_and_go_on_where_they_were(tmp_path, data, make_cell):
     wanted = identify(
-        [make_cell(seed=seed, train={"updates": 600, "history_points": 60}) for seed in range(16)], ["hash"], RUNTIME
+        [make_cell(seed=seed, train={"updates": 400, "history_points": 40}) for seed in range(16)], ["hash"], RUNTIME
     )
     whole, broken = CellStore(tmp_path / "whole"), CellStore(tmp_path / "broken")
     list(Workers(whole, RUNTIME, stack_size=2).run(wanted, data))

@@ -59,7 +59,7 @@ def test_the_grids_size_is_the_product_of_the_axes_that_each_arm_has(study):
     assert len(found) == per_arm * own
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(studies())
 def test_every_cell_has_an_id_of_its_own_and_keeps_it(study):
     hashes = [str(number) for number in range(len(study.data.axes["manifold_dim"]))]
@@ -70,6 +70,7 @@ def test_every_cell_has_an_id_of_its_own_and_keeps_it(study):
     assert not set(keys) & identify(cells(study), [f"other {text}" for text in hashes], RUNTIME).keys()
 
 
+@settings(max_examples=40)
 @given(studies(), st.integers(1, 20))
 def test_stacks_hold_every_cell_once_and_mix_only_what_may_mix(study, size):
     hashes = [str(number) for number in range(len(study.data.axes["manifold_dim"]))]

@@ -13,7 +13,7 @@ def times(few: int, many: int) -> int:
     return many if ALL else few
 
 
-UPDATES = times(600, 3000)
+UPDATES = times(300, 3000)
 SHORTER = LONG.replace("updates: 3000, history_points: 300", f"updates: {UPDATES}, history_points: {UPDATES // 10}")
 """A study that is long enough where its training is not met by chance."""
 
