@@ -32,7 +32,7 @@ test: $(STAMP) ## lint, import contracts and tests
 	@pytest
 
 faults: $(STAMP) ## kill, fill, cut off and flip everything that SECURITY.md promises to survive
-	@ALL_FAULTS=1 pytest --dist=load tests/faults
+	@ALL_FAULTS=1 pytest --dist=worksteal tests/faults
 
 ui: $(STAMP) ## open the MLflow UI on http://127.0.0.1:5000
 	@vaesweep ui

@@ -25,7 +25,7 @@ EVERY_SECONDS = 15.0
 TOLD_FROM = 0.03  # share of a search after which its time left is told
 PARENT_POLL_SECONDS = 0.2
 SECONDS_TO_END = 4.0  # after a signal
-ORPHAN_SECONDS = 0.6  # in which a checkpoint may be taken
+ORPHAN_SECONDS = 0.5  # in which a checkpoint may be taken
 ONE_REQUEST_SECONDS = 1.0  # in which several signals are one request, as when a whole group is told to end
 
 _ending = threading.Event()
@@ -364,6 +364,8 @@ def _die_with_dvc() -> None:
             return
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)
+        for process in psutil.Process().children(recursive=True):
+            process.kill()  # they would end too, but later
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -11,7 +11,7 @@ from tiny import SEARCH, STUDY
 
 ROOT = Path(__file__).parents[1]
 TRACKED = ("pipeline", "configs", "dvc.yaml", "params.yaml", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore")
-LONG = STUDY.replace("updates: 30, history_points: 10", "updates: 3000, history_points: 300")
+LONG = STUDY.replace("updates: 30, history_points: 10", "updates: 2000, history_points: 200")
 GATED = """
 import time
 from pathlib import Path
