@@ -1,11 +1,13 @@
 """Faults that are made for real, and a table of what came of them."""
 
+import shutil
 import subprocess
 from collections import defaultdict
 
 import pytest
-from project import LONG, run, write_project
+from project import LONG, make_database, run, write_clone, write_project
 from tabulate import tabulate
+from tiny import STUDY
 
 
 @pytest.fixture
@@ -28,12 +30,39 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("\n" + tabulate(sorted(rows), ["fault", "what came of it"], maxcolwidths=[70, 60]))
 
 
-@pytest.fixture
-def long_study(tmp_path):
-    """A folder with a study that trains for some seconds, its data prepared."""
-    folder = write_project(tmp_path / "long", LONG)
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A folder with the tiny study, its data prepared, and MLflow's database."""
+    folder = write_project(tmp_path_factory.mktemp("prepared") / "work")
     run(folder, "vaesweep", "prepare", "tiny")
+    make_database(folder)
     return folder
+
+
+@pytest.fixture
+def make_project(prepared):
+    """A copy of it at a folder, perhaps with another study of the same data."""
+
+    def make(folder, study=STUDY):
+        shutil.copytree(prepared, folder)
+        (folder / "configs" / "tiny.yaml").write_text(study)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prepared_clone(tmp_path_factory):
+    """The whole project, in which `dvc` has prepared the data of the long study, and MLflow's database."""
+    folder = write_clone(tmp_path_factory.mktemp("prepared") / "clone", LONG)
+    run(folder, "dvc", "repro", "prepare@tiny")
+    make_database(folder)
+    return folder
+
+
+@pytest.fixture
+def long_clone(prepared_clone, tmp_path):
+    return shutil.copytree(prepared_clone, tmp_path / "clone")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pytest
 import torch
-from project import begin, make_database, outputs, ran, run, wait_until, write_project
+from project import begin, outputs, ran, run, wait_until, write_project
 from scale import ALL, SHORTER, times
 
 from pipeline import tracking
@@ -42,11 +42,10 @@ def one_line(done):
 
 
 @pytest.mark.parametrize("train", TRAIN[times(1, 0) :], ids=["command", "eager"][times(1, 0) :])
-def test_a_full_disk_costs_nothing_but_time(mounted, tmp_path, train, figure):
+def test_a_full_disk_costs_nothing_but_time(mounted, make_project, tmp_path, train, figure):
     """At the end of training, or at the first of many checkpoints."""
     disk, _ = mounted
-    folder = write_project(disk / "work", SHORTER)
-    run(folder, "vaesweep", "prepare", "tiny")
+    folder = make_project(disk / "work", SHORTER)
     whole = shutil.copytree(folder, tmp_path / "whole")
     process = begin(folder, sys.executable, "-c", EAGER, **AWAY)
     wait_until(lambda: CellStore(folder / ".vaesweep").progress())
@@ -107,11 +106,9 @@ def locked(path, seconds):
     return thread
 
 
-def test_a_locked_database_is_waited_for_and_nothing_is_lost(tmp_path, figure):
+def test_a_locked_database_is_waited_for_and_nothing_is_lost(make_project, tmp_path, figure):
     seconds = times(3, 60)
-    folder = write_project(tmp_path / "work")
-    run(folder, "vaesweep", "prepare", "tiny")
-    make_database(folder)
+    folder = make_project(tmp_path / "work")
     holder = locked(folder / "mlflow.db", seconds)
     run(folder, "vaesweep", "train", "tiny")
     holder.join()
@@ -124,9 +121,8 @@ def test_a_locked_database_is_waited_for_and_nothing_is_lost(tmp_path, figure):
 
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
-def test_a_locked_search_is_waited_for_and_nothing_is_lost(tmp_path, figure):
-    folder = write_project(tmp_path / "work")
-    run(folder, "vaesweep", "prepare", "tiny")
+def test_a_locked_search_is_waited_for_and_nothing_is_lost(make_project, tmp_path, figure):
+    folder = make_project(tmp_path / "work")
     run(folder, "vaesweep", "train", "tiny", **AWAY)
     process = begin(folder, "vaesweep", "search", "hunt", **AWAY)
     wait_until((folder / "optuna.db").exists)

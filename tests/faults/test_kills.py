@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from project import LONG, begin, make_database, outputs, ran, run, wait_until, write_clone, write_project
+from project import LONG, begin, outputs, ran, run, wait_until
 from scale import ALL, SHORTER, UPDATES, killed_by, times
 
 from pipeline.artifacts import CellStore
@@ -111,30 +111,30 @@ def kill_in_training(folder, until, moments):
     return [updates[-1] - there.get(key, 0) for key, updates in made(folder).items()], process.returncode
 
 
-def test_killed_in_training_ends_bit_identical(long_study, tmp_path, figure):
+def test_killed_in_training_ends_bit_identical(make_project, tmp_path, figure):
     """Weights, optimiser and history at half the budget; weights, records and tables at the end."""
-    (long_study / "trains.py").write_text(TRAIN)
-    (long_study / "configs" / "tiny.yaml").write_text(SHORTER)
-    whole = shutil.copytree(long_study, tmp_path / "whole")
+    folder = make_project(tmp_path / "work", SHORTER)
+    (folder / "trains.py").write_text(TRAIN)
+    whole = shutil.copytree(folder, tmp_path / "whole")
     moments, kills, tries, lost = random.Random(0), 0, 0, []
     for until in (RUNG, UPDATES)[times(1, 0) :]:
         wanted = kills + times(1, 10)
         while kills < wanted:
-            lost_now, code = kill_in_training(long_study, until, moments)
+            lost_now, code = kill_in_training(folder, until, moments)
             kills, tries, lost = kills + (code == -signal.SIGKILL), tries + 1, lost + lost_now
             assert max(lost_now) <= INTERVAL, lost_now
             assert tries < 3 * times(2, 20), "too many came too late"
-        for folder in (long_study, whole):
-            run(folder, *trained(folder, until))
+        for place in (folder, whole):
+            run(place, *trained(place, until))
         if until == RUNG:
-            states = [state(CellStore(folder / ".vaesweep")) for folder in (long_study, whole)]
+            states = [state(CellStore(place / ".vaesweep")) for place in (folder, whole)]
             assert states[0].keys() == states[1].keys() and len(states[0]) > 8 * 10
             assert all(torch.equal(*(found[name].nan_to_num(-1.0) for found in states)) for name in states[0])
-    for folder in (long_study, whole):
+    for place in (folder, whole):
         for stage in ("train", "evaluate"):
-            run(folder, "vaesweep", stage, "tiny", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+            run(place, "vaesweep", stage, "tiny", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     for stage in ("train", "evaluate"):
-        assert outputs(long_study, stage) == outputs(whole, stage)
+        assert outputs(folder, stage) == outputs(whole, stage)
     figure(f"{kills} kills; at most {max(lost)} of {INTERVAL} updates of a cell lost; bit-identical")
 
 
@@ -163,10 +163,10 @@ def parent_status(folder):
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_leaves_a_checkpoint_and_a_killed_run(long_study, number, code, group, figure):
-    make_database(long_study)
-    process = begin(long_study, "vaesweep", "train", "tiny")
-    wait_until(lambda: parent_status(long_study) == "RUNNING")
+def test_a_signal_leaves_a_checkpoint_and_a_killed_run(make_project, tmp_path, number, code, group, figure):
+    folder = make_project(tmp_path / "work", LONG)
+    process = begin(folder, "vaesweep", "train", "tiny")
+    wait_until(lambda: parent_status(folder) == "RUNNING")
     start = time.monotonic()
     if group:
         os.killpg(process.pid, number)
@@ -178,38 +178,34 @@ def test_a_signal_leaves_a_checkpoint_and_a_killed_run(long_study, number, code,
     assert process.returncode == code
     assert errors.strip().splitlines()[-1] == "vaesweep: interrupted; the next run goes on from the checkpoint"
     assert took < 5
-    assert parent_status(long_study) == "KILLED"
-    place = go_on(long_study)
-    assert parent_status(long_study) == "FINISHED"
+    assert parent_status(folder) == "KILLED"
+    place = go_on(folder)
+    assert parent_status(folder) == "FINISHED"
     figure(f"exit {code} after {took:.1f} s, run KILLED, then on from update {place}, FINISHED")
 
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_to_dvc_and_all_its_processes_leaves_a_checkpoint_and_a_killed_run(tmp_path, number, figure):
-    folder = write_clone(tmp_path / "clone", LONG)
-    make_database(folder)
-    dvc = begin(folder, "dvc", "repro", "train@tiny")
-    wait_until(lambda: parent_status(folder) == "RUNNING")
+def test_a_signal_to_dvc_and_all_its_processes_leaves_a_checkpoint_and_a_killed_run(long_clone, number, figure):
+    dvc = begin(long_clone, "dvc", "repro", "train@tiny")
+    wait_until(lambda: parent_status(long_clone) == "RUNNING")
     start = time.monotonic()
     os.killpg(dvc.pid, number)
-    wait_until(lambda: dvc.poll() is not None and not at_work(folder), 30)
+    wait_until(lambda: dvc.poll() is not None and not at_work(long_clone), 30)
     took = time.monotonic() - start
     output = "".join(dvc.communicate())
     assert dvc.returncode != 0 and took < 5, output
-    assert parent_status(folder) == "KILLED", output
-    place = go_on(folder)
-    assert parent_status(folder) == "FINISHED"
+    assert parent_status(long_clone) == "KILLED", output
+    place = go_on(long_clone)
+    assert parent_status(long_clone) == "FINISHED"
     figure(f"all ended after {took:.1f} s, run KILLED, then on from update {place}, FINISHED")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_ends_a_command_that_waits_for_a_locked_database(tmp_path, number, code, figure):
+def test_a_signal_ends_a_command_that_waits_for_a_locked_database(make_project, tmp_path, number, code, figure):
     if not ALL and number == signal.SIGINT:
         pytest.skip("in `make faults`")
-    folder = write_project(tmp_path / "work")
-    run(folder, "vaesweep", "prepare", "tiny")
-    make_database(folder)
+    folder = make_project(tmp_path / "work")
     with closing(sqlite3.connect(folder / "mlflow.db", isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
         process = begin(folder, "vaesweep", "train", "tiny")
@@ -242,17 +238,16 @@ def holder(folder):
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
 @killed_by
-def test_a_killed_dvc_leaves_no_orphan_and_never_two_writers(tmp_path, number, figure):
-    folder = write_clone(tmp_path / "clone", LONG)
-    first = begin(folder, "dvc", "repro", "train@tiny")
-    wait_until(lambda: "training study" in lock_of(folder) and len(at_work(folder)) >= AT_WORK)
-    began = at_work(folder)
+def test_a_killed_dvc_leaves_no_orphan_and_never_two_writers(long_clone, number, figure):
+    first = begin(long_clone, "dvc", "repro", "train@tiny")
+    wait_until(lambda: "training study" in lock_of(long_clone) and len(at_work(long_clone)) >= AT_WORK)
+    began = at_work(long_clone)
     first.send_signal(number)
     first.wait()
     killed, ended, orphans, writers = time.monotonic(), 0.0, None, 0
-    second = begin(folder, "dvc", "repro", "train@tiny")
+    second = begin(long_clone, "dvc", "repro", "train@tiny")
     while second.poll() is None:
-        left, other, after = began & at_work(folder), holder(folder), time.monotonic() - killed
+        left, other, after = began & at_work(long_clone), holder(long_clone), time.monotonic() - killed
         if left:
             ended = after
         if orphans is None and after > 1:
@@ -263,7 +258,7 @@ def test_a_killed_dvc_leaves_no_orphan_and_never_two_writers(tmp_path, number, f
     output = "".join(second.communicate())
     assert second.returncode == 0, output
     assert orphans == set(), (orphans, ended)
-    assert writers == 1 and not at_work(folder)
+    assert writers == 1 and not at_work(long_clone)
     figure(f"{len(began)} processes ended within {ended:.1f} s; never two writers; the second run ends well")
 
 
@@ -273,14 +268,13 @@ def lock_of(folder):
 
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
-def test_of_two_runs_at_once_the_second_says_who_holds_the_lock(tmp_path, figure):
-    folder = write_clone(tmp_path / "clone", LONG)
-    first = begin(folder, "dvc", "repro", "train@tiny")
+def test_of_two_runs_at_once_the_second_says_who_holds_the_lock(long_clone, figure):
+    first = begin(long_clone, "dvc", "repro", "train@tiny")
     time.sleep(3)
-    wait_until(lambda: "training study" in lock_of(folder))
-    second = ran(folder, "dvc", "repro", "train@tiny")
+    wait_until(lambda: "training study" in lock_of(long_clone))
+    second = ran(long_clone, "dvc", "repro", "train@tiny")
     output = "".join(first.communicate())
     assert first.returncode == 0, output
     assert second.returncode != 0 and str(first.pid) in second.stderr, second.stdout + second.stderr
-    assert "up to date" in run(folder, "dvc", "repro", "train@tiny")
+    assert "up to date" in run(long_clone, "dvc", "repro", "train@tiny")
     figure("the second names the process that holds the lock, the first ends well")

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from project import begin, begin_gated, run, wait_until, write_project
+from project import begin, begin_gated, run, wait_until
 from scale import ALL, times
 from test_trials import a_search, search_through, trials_of
 from tiny import HALVED, write
@@ -243,13 +243,12 @@ def test_a_search_killed_at_random_moments_ends_with_the_trials_of_one_that_was_
 
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
-def test_of_three_commands_one_is_killed_while_it_trains_and_its_trials_run_anew(url, tmp_path, figure):
-    folder, target = write_project(tmp_path / "work"), 9
+def test_of_three_commands_one_is_killed_while_it_trains_and_its_trials_run_anew(url, make_project, tmp_path, figure):
+    folder, target = make_project(tmp_path / "work"), 9
     (folder / "configs/hunt.yaml").write_text(HUNT.replace("trials: 5", f"trials: {target}"))
     named = f"sqlite:///{folder}/optuna.db" if url.startswith("sqlite") else url
     settings = {"OPTUNA_STORAGE": named, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
-    for stage in ("prepare", "train"):
-        run(folder, "vaesweep", stage, "tiny", **settings)
+    run(folder, "vaesweep", "train", "tiny", **settings)
     killed = begin_gated(folder, 8, "search", "hunt", **settings)
     wait_until(lambda: (folder / "waits").exists() or killed.poll() is not None)
     searchers = [killed, *(begin(folder, "vaesweep", "search", "hunt", **settings) for _ in range(SEARCHERS - 1))]

@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
-from project import PARAMS, begin, begin_gated, outputs, run, wait_until, write_project
+from project import PARAMS, begin, begin_gated, outputs, run, wait_until
 from scale import ALL, times
 
 from pipeline.tracking import MlflowTracker, ParentRecord, RunRecord, _mlflow
@@ -74,13 +74,12 @@ def check_synced(folder, uri):
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP], ids=lambda number: number.name)
-def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(tmp_path, number, figure, monkeypatch):
+def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(make_project, tmp_path, number, figure, monkeypatch):
     """Killed or ended until a call has failed, and started again before training ends; or stopped, so that it never answers."""
     monkeypatch.setenv("NO_PROXY", "*")
-    folder, port = write_project(tmp_path / "work"), free_port()
+    folder, port = make_project(tmp_path / "work"), free_port()
     (folder / "params.yaml").write_text(ONE_BY_ONE)
     uri, gate = f"http://127.0.0.1:{port}", folder / "gate"
-    run(folder, "vaesweep", "prepare", "tiny")
     whole = shutil.copytree(folder, tmp_path / "whole")
     run(whole, "vaesweep", "train", "tiny", **AWAY)
     (tmp_path / "server").mkdir()
@@ -108,10 +107,9 @@ def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(tmp_path, n
     figure(f"training went on, and ended {ended_after:.0f} s after its last file; 8 of 8 cells once on the server after `sync`")
 
 
-def test_a_server_that_is_away_is_decided_within_seconds_and_training_goes_on(tmp_path, figure):
-    folder, port = write_project(tmp_path / "work"), free_port()
+def test_a_server_that_is_away_is_decided_within_seconds_and_training_goes_on(make_project, tmp_path, figure):
+    folder, port = make_project(tmp_path / "work"), free_port()
     uri = f"http://127.0.0.1:{port}"
-    run(folder, "vaesweep", "prepare", "tiny")
     output = run(folder, "vaesweep", "train", "tiny", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
     assert output.count("not in MLflow yet") == 1 and "vaesweep sync" in output
     start = time.monotonic()
@@ -123,11 +121,10 @@ def test_a_server_that_is_away_is_decided_within_seconds_and_training_goes_on(tm
 
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
-def test_a_server_that_was_away_at_the_start_gets_every_cell_once(tmp_path, figure, monkeypatch):
+def test_a_server_that_was_away_at_the_start_gets_every_cell_once(make_project, tmp_path, figure, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
-    folder, port = write_project(tmp_path / "work"), free_port()
+    folder, port = make_project(tmp_path / "work"), free_port()
     uri = f"http://127.0.0.1:{port}"
-    run(folder, "vaesweep", "prepare", "tiny")
     whole = shutil.copytree(folder, tmp_path / "whole")
     assert "not in MLflow yet" in run(folder, "vaesweep", "train", "tiny", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
     assert "not in MLflow yet" not in run(whole, "vaesweep", "train", "tiny")
