@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from project import ROOT, outputs, ran, run, write_clone, write_project
+from project import ROOT, outputs, ran, run, run_in_turn, write_clone, write_project
 from scale import ALL, times
 from tiny import SEARCH, drive
 
@@ -176,8 +176,7 @@ def test_a_pickle_is_run_nowhere(tmp_path, figure):
     halved = SEARCH.replace("trials: 5\nbatch: 2", "trials: 8\nbatch: 4\nrungs: [0.3]\nhalving: 2")
     (folder / "configs/hunt.yaml").write_text(halved)
     stages = [["prepare", "tiny"], ["train", "tiny"], ["evaluate", "tiny"], ["prune", "tiny"], ["search", "hunt"], ["report"]]
-    for stage in stages:
-        run(folder, "vaesweep", *stage, **AWAY)
+    run_in_turn(folder, stages, **AWAY)
     store = CellStore(folder / ".vaesweep")
     store.save_fit("ab", 2)
     store.save_checkpoint(["cd"], {"w": torch.ones(1, 1)}, 10)

@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pytest
 import torch
-from project import begin, outputs, ran, run, wait_until, write_project
+from project import begin, outputs, ran, run, run_in_turn, wait_until, write_project
 from scale import ALL, SHORTER, times
 
 from pipeline import tracking
@@ -74,8 +74,7 @@ def test_a_read_only_folder_is_one_line_in_every_command(mounted, figure):
     folder = write_project(disk / "work")
     commands = [["prepare", "tiny"], ["train", "tiny"], ["evaluate", "tiny"], ["prune", "tiny"], ["search", "hunt"]]
     commands = [*commands, ["report"], ["clean"], ["code"], ["sync"]][: times(2, 9)]
-    for command in commands:
-        run(folder, "vaesweep", *command, **({} if command == ["sync"] else AWAY))
+    run_in_turn(folder, commands)
     remount("ro")
     for command in commands:
         path, _, reason = (

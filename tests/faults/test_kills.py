@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from project import LONG, begin, outputs, ran, run, wait_until
+from project import LONG, begin, outputs, ran, run, run_in_turn, wait_until
 from scale import ALL, SHORTER, UPDATES, killed_by, times
 
 from pipeline.artifacts import CellStore
@@ -131,8 +131,7 @@ def test_killed_in_training_ends_bit_identical(make_project, tmp_path, figure):
             assert states[0].keys() == states[1].keys() and len(states[0]) > 8 * 10
             assert all(torch.equal(*(found[name].nan_to_num(-1.0) for found in states)) for name in states[0])
     for place in (folder, whole):
-        for stage in ("train", "evaluate"):
-            run(place, "vaesweep", stage, "tiny", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+        run_in_turn(place, [["train", "tiny"], ["evaluate", "tiny"]], MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     for stage in ("train", "evaluate"):
         assert outputs(folder, stage) == outputs(whole, stage)
     figure(f"{kills} kills; at most {max(lost)} of {INTERVAL} updates of a cell lost; bit-identical")
