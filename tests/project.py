@@ -12,7 +12,14 @@ from tiny import SEARCH, STUDY
 
 ROOT = Path(__file__).parents[1]
 TRACKED = ("pipeline", "configs", "dvc.yaml", "params.yaml", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore")
-LONG = STUDY.replace("updates: 30, history_points: 10", "updates: 2000, history_points: 200")
+
+
+def lasting(updates):
+    """The tiny study with another budget, and a history point every 10 updates."""
+    return STUDY.replace("updates: 30, history_points: 10", f"updates: {updates}, history_points: {updates // 10}")
+
+
+LONG = lasting(2000)
 GATED = """
 import time
 from pathlib import Path
@@ -82,6 +89,11 @@ def begin_gated(folder, gate, *command, **more):
     (folder / "gated.py").write_text(GATED)
     (folder / "gate").write_text(str(gate))
     return begin(folder, sys.executable, "gated.py", *command, **more)
+
+
+def finished(folder):
+    """How many cells a folder's store has."""
+    return len(list((folder / ".vaesweep" / "cells").glob("*/record.json")))
 
 
 def make_database(folder):

@@ -1,4 +1,4 @@
-"""The search stage: what is trained, and what is not; survivors, the grid, diverged trials, a search that is killed.
+"""The search stage: what is trained, and what is not; survivors, the grid, diverged trials.
 
 `workspace` holds a tiny study, prepared and trained.
 """

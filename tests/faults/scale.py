@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from project import LONG
+from project import lasting
 
 ALL = bool(os.environ.get("ALL_FAULTS"))
 
@@ -14,7 +14,7 @@ def times(few: int, many: int) -> int:
 
 
 UPDATES = times(300, 1200)
-SHORTER = LONG.replace("updates: 2000, history_points: 200", f"updates: {UPDATES}, history_points: {UPDATES // 10}")
+SHORTER = lasting(UPDATES)
 """A study that is long enough where its training is not met by chance."""
 
 killed_by = pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM][: times(1, 2)], ids=lambda number: number.name)

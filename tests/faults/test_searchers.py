@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from project import begin, begin_gated, run, wait_until
+from project import begin, begin_gated, finished, run, wait_until
 from scale import ALL, times
 from test_trials import a_search, search_through, trials_of
 from tiny import HALVED, write
@@ -252,7 +252,7 @@ def test_of_three_commands_one_is_killed_while_it_trains_and_its_trials_run_anew
     killed = begin_gated(folder, 8, "search", "hunt", **settings)
     wait_until(lambda: (folder / "waits").exists() or killed.poll() is not None)
     searchers = [killed, *(begin(folder, "vaesweep", "search", "hunt", **settings) for _ in range(SEARCHERS - 1))]
-    wait_until(lambda: len(list((folder / ".vaesweep/cells").glob("*/record.json"))) > 8)
+    wait_until(lambda: finished(folder) > 8)
     killed.kill()
     (folder / "gate").write_text("99")
     errors = [searcher.communicate()[1] for searcher in searchers]

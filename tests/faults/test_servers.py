@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
-from project import PARAMS, begin, begin_gated, outputs, run, wait_until
+from project import PARAMS, begin, begin_gated, finished, outputs, run, wait_until
 from scale import ALL, times
 
 from pipeline.tracking import MlflowTracker, ParentRecord, RunRecord, _mlflow
@@ -92,7 +92,7 @@ def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(make_projec
     if number != signal.SIGSTOP:
         served.communicate()
         served = server(tmp_path / "server", port)
-    in_mid_run = training.poll() is None and len(list((folder / ".vaesweep/cells").glob("*/record.json"))) < 8
+    in_mid_run = training.poll() is None and finished(folder) < 8
     gate.write_text("9")
     wait_until((folder / "runs/tiny/train/about.json").exists)
     trained = time.monotonic()
