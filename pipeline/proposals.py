@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     import optuna
 
 STARTUP = 10  # trials drawn at random before TPE or GP begin, as in Optuna; fewer where that ends a batch
-TPE_CANDIDATES = 100  # of which TPE takes the most promising, 24 in Optuna: batches give it few rounds, so each has to count
+# Batches give TPE few rounds, so each has to count: it weighs more candidates than Optuna's 24, and takes fewer trials for good
+# ones than Optuna's tenth.
+TPE_CANDIDATES = 100
+TPE_GOOD = 0.05
 
 
 def drawn(
@@ -59,7 +63,11 @@ def _sampler(search: Search, ordinal: int) -> optuna.samplers.BaseSampler:
     finishing = halving.finishing(search.batch, search.halving or 1, len(search.rungs))
     return {
         "tpe": lambda: samplers.TPESampler(
-            seed=seed, n_startup_trials=startup, n_ei_candidates=TPE_CANDIDATES, constant_liar=True
+            seed=seed,
+            n_startup_trials=startup,
+            n_ei_candidates=TPE_CANDIDATES,
+            gamma=lambda trials: math.ceil(TPE_GOOD * trials),
+            constant_liar=True,
         ),
         "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=max(2, finishing // 2)),
         "gp": lambda: samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False),
