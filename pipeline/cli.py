@@ -365,7 +365,8 @@ def _die_with_dvc() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)
         for process in psutil.Process().children(recursive=True):
-            process.kill()  # they would end too, but later
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()  # they would end too, but later
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

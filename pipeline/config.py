@@ -628,8 +628,8 @@ def load_strict(model: type[Strict], path: Path) -> Any:
         yaml = YAML(typ="safe", pure=True)
         root = yaml.compose(_text(path))
         _check_size(root)
-        content = yaml.constructor.construct_document(root) if root else None
-        as_json = json.dumps(content, default=str)
+        as_json = json.dumps(yaml.constructor.construct_document(root) if root else None, default=str)
+        content = json.loads(as_json)  # whose keys are all text, also those that YAML reads as null or numbers
     except Exception as error:  # on malformed text ruamel raises of many kinds
         raise ConfigError(f"{path}: cannot be read: {_syntax_error(error)}") from error
     if not isinstance(content, dict):

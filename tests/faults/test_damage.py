@@ -203,6 +203,7 @@ def test_the_linter_refuses_readers_that_can_run_code(tmp_path, figure):
 
 @pytest.mark.parametrize("name", READERS)
 @example(b"[" * 100_000)
+@example(b":")
 @given(content=st.binary(max_size=400) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_any_bytes_are_read_or_refused_by_our_own_error(tmp_path_factory, name, content):
     read, error = READERS[name]
