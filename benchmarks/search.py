@@ -7,8 +7,7 @@ storage, so that a machine whose speed drifts drifts under all of them. Times ar
 to the last answer.
 
 A best value is partly luck, and more so among more trials that reached the end. So each way's best setting is also trained on
-other seeds, equal for all ways and outside the time: their mean is what a user gets. The halved search then goes on to twice as
-many trials.
+other seeds, equal for all ways and outside the time: their mean is what a user gets.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ class Outcome:
         return 60 * self.trials / self.seconds
 
 
-def one_at_a_time(search: Search, data: Prepared, device: str, url: str) -> Iterator[Outcome]:
+def one_at_a_time(search: Search, data: Prepared, device: str, url: str) -> Outcome:
     """`study.optimize`, as its users write it: an objective that trains one model and returns its value."""
     import optuna
 
@@ -148,25 +147,23 @@ def one_at_a_time(search: Search, data: Prepared, device: str, url: str) -> Iter
         seconds = time.perf_counter() - start
         best = study.best_trial
     again = _on_other_seeds(hunt, hunt.trials.cell(best.user_attrs["suggested"]))
-    yield Outcome(search.trials, seconds, seconds - engine.seconds, search.trials, best.value, again)
+    return Outcome(search.trials, seconds, seconds - engine.seconds, search.trials, best.value, again)
 
 
-def in_batches(search: Search, data: Prepared, device: str, url: str) -> Iterator[Outcome]:
-    """This project's search; halved, it then goes on to twice as many trials."""
+def in_batches(search: Search, data: Prepared, device: str, url: str) -> Outcome:
+    """This project's search."""
     from pipeline.storages import open_storage
 
-    seconds = 0.0
     with open_storage(url) as storage, _optunas_part() as clock:
-        for trials in (search.trials, 2 * search.trials) if search.halving else (search.trials,):
-            start = time.perf_counter()
-            hunt = _hunt(search.model_copy(update={"trials": trials}), data, device, storage)
-            with hunt.trials.searcher:
-                for _ in hunt.find():
-                    pass
-            seconds += time.perf_counter() - start
-            asking, best, winner = clock.seconds, hunt.trials.study.best_value, hunt.trials.winner()
-            updates = hunt.trials.table().query("state != 'grid'")["updates"].sum()
-            yield Outcome(trials, seconds, asking, updates / search.train.updates, best, _on_other_seeds(hunt, winner))
+        start = time.perf_counter()
+        hunt = _hunt(search, data, device, storage)
+        with hunt.trials.searcher:
+            for _ in hunt.find():
+                pass
+        seconds, asking = time.perf_counter() - start, clock.seconds
+        best, winner = hunt.trials.study.best_value, hunt.trials.winner()
+        updates = hunt.trials.table().query("state != 'grid'")["updates"].sum()
+    return Outcome(search.trials, seconds, asking, updates / search.train.updates, best, _on_other_seeds(hunt, winner))
 
 
 def _hunt(search: Search, data: Prepared, device: str, storage: Any) -> Hunt:
@@ -227,7 +224,7 @@ def _optunas_part() -> Iterator[_Clock]:
             setattr(Trials, name, method)
 
 
-def ways(task: Task, seed: int) -> dict[str, tuple[Callable[..., Iterator[Outcome]], Search]]:
+def ways(task: Task, seed: int) -> dict[str, tuple[Callable[..., Outcome], Search]]:
     """Who searches, and what."""
     seeds = {"seed": seed, "winner": {"seeds": (seed + 1,)}, "sampler": {"kind": "tpe", "seed": seed}}
     shared = {**task.search, "title": "benchmark", "data": task.data, **seeds}
@@ -240,16 +237,16 @@ def ways(task: Task, seed: int) -> dict[str, tuple[Callable[..., Iterator[Outcom
 
 
 def compare(task: Task, device: str, seeds: int) -> Iterator[dict[str, list[Outcome]]]:
-    """Outcomes by trials and way, one a seed; after each seed those so far."""
+    """Outcomes by way, one a seed; after each seed those so far."""
     found: dict[str, list[Outcome]] = {}
     data = _prepared(task)
     for seed in range(seeds):
         for name, (way, search) in ways(task, seed).items():
             with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-                for outcome in way(search, data, device, task.storage):
-                    label, values = f"{outcome.trials} {name}", f"best {outcome.best:.2f}, on other seeds {outcome.again:.2f}"
-                    print(f"seed {seed}, {label}: {outcome.seconds:.1f} s, {values}", flush=True)
-                    found.setdefault(label, []).append(outcome)
+                outcome = way(search, data, device, task.storage)
+            values = f"best {outcome.best:.2f}, on other seeds {outcome.again:.2f}"
+            print(f"seed {seed}, {name}: {outcome.seconds:.1f} s, {values}", flush=True)
+            found.setdefault(name, []).append(outcome)
         yield found
 
 
@@ -279,7 +276,7 @@ def table(found: dict[str, list[Outcome]]) -> str:
                 *("" if outcomes is base else f"{gain.mean():+.2f} ± {_standard_error(gain):.2f}" for gain in gains),
             ]
         )
-    heads = ["trials", "a minute", "ratio", "Optuna's part", "trainings", "gain in best value", "on other seeds"]
+    heads = [f"{base[0].trials} trials", "a minute", "ratio", "Optuna's part", "trainings", "gain in best", "on other seeds"]
     return tabulate(rows, heads, tablefmt="github", floatfmt=".3g")
 
 
