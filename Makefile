@@ -37,12 +37,12 @@ faults: $(STAMP) ## kill, fill, cut off and flip everything that SECURITY.md pro
 ui: $(STAMP) ## open the MLflow UI on http://127.0.0.1:5000
 	@vaesweep ui
 
-clean: $(STAMP) ## remove trained cells that no listed study or search uses
+clean: $(STAMP) ## remove trained cells that no study or search of any scale uses
 	@vaesweep clean
 
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vaesweep needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/uv || $(PYTHON) -m venv --clear .venv  # what was left of one that was not finished goes
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@echo "installing the locked packages into .venv (5.5 GB, one to three minutes)"
 	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock

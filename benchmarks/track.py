@@ -22,7 +22,8 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from pipeline.tracking import MlflowTracker, ParentRecord, RunRecord
+from pipeline.records import ParentRecord, RunRecord
+from pipeline.tracking import MlflowTracker
 
 CURVES = [f"{split}/{part}" for split in ("train", "validation") for part in ("loss", "reconstruction", "penalty")]
 METRICS = ["mse", "elbo", "kl", "reconstruction", "active_units", "knn_accuracy", "gap", "elbow"]

@@ -34,7 +34,8 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from pipeline.config import Data, Model, Train
 from pipeline.datasets import build
-from pipeline.executors import bytes_per_cell, keep_freed_memory, plan_stacks, workers
+from pipeline.devices import keep_freed_memory, workers
+from pipeline.executors import bytes_per_cell, plan_stacks
 from pipeline.grid import Cell, layer_shapes, parameter_count
 from pipeline.mlp import fast_products
 from pipeline.model import StackedAutoencoder

@@ -15,7 +15,7 @@ import torch
 from tabulate import tabulate
 from train import NETWORKS, Stack, training_data
 
-from pipeline.executors import keep_freed_memory
+from pipeline.devices import keep_freed_memory
 from pipeline.mlp import Layer
 from pipeline.objective import Objective
 from pipeline.trainer import Batches, StackTrainer, _Adam

@@ -51,7 +51,7 @@ def _is_users(error: BaseException) -> bool:
         return True
     if "torch" not in sys.modules:
         return False
-    from pipeline.executors import out_of_memory
+    from pipeline.devices import out_of_memory
 
     return out_of_memory(error)
 
@@ -201,9 +201,10 @@ def plan(study: str) -> None:
 def sync() -> None:
     """Upload to MLflow what it lacks; what is there already stays as it is."""
     from pipeline import tracking
+    from pipeline.records import load_reconstruction
 
     settings = load_settings()
-    synced = tracking.sync(tracking.MlflowTracker(), settings.studies, settings.every_search, tracking.load_reconstruction)
+    synced = tracking.sync(tracking.MlflowTracker(), settings.studies, settings.every_search, load_reconstruction)
     for name, count in synced.changed.items():
         click.echo(f"{name}: {count} runs uploaded" if count else f"{name}: up to date")
     for note in synced.notes:
@@ -213,7 +214,7 @@ def sync() -> None:
 @main.command()
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def clean(dry_run: bool) -> None:
-    """Remove cells from the store that no listed study or search uses, and checkpoints of such cells."""
+    """Remove cells from the store that no study or search of any scale uses, and checkpoints of such cells."""
     from pipeline.stages import clean as stage
 
     cells, size = stage.run(dry_run)
@@ -222,7 +223,7 @@ def clean(dry_run: bool) -> None:
 
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=5000, show_default=True, help="Port to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port to listen on.")
 def ui(host: str, port: int) -> None:
     """Open the MLflow UI on the runs of this project."""
     from pipeline import tracking

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import math
@@ -27,7 +26,8 @@ import torch
 from torch import Tensor
 
 from pipeline.artifacts import ArtifactError, CellStore, Prepared
-from pipeline.config import Model, Settings, VaesweepError
+from pipeline.config import Model, VaesweepError
+from pipeline.devices import keep_freed_memory, out_of_memory, workers
 from pipeline.grid import Cell, Runtime, balanced, parameter_count, stacks
 from pipeline.mlp import one_thread
 from pipeline.trainer import StackTrainer, Traits
@@ -42,7 +42,6 @@ POLL_SECONDS = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that ask training to stop
 SECONDS_TO_END = 3.0  # for training processes whose pool is broken
 PAUSE_SECONDS = 0.5  # after which a stack in training hears that it must stop
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 class Advance(NamedTuple):
@@ -69,22 +68,6 @@ class Executor(Protocol):
     def run(self, wanted: Mapping[str, Cell], data: Prepared, until: int | None = None) -> Iterator[Advance]: ...
 
 
-def find_runtime(settings: Settings) -> Runtime:
-    """The device that `device: auto|cpu|cuda` means here, and the torch that runs on it. Raises VaesweepError."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise VaesweepError("params.yaml: device: is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'")
-    device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if settings.precision == "bf16" and not _multiplies_bf16(device):
-        raise VaesweepError(f"params.yaml: precision: is 'bf16', but this {device.upper()} has no bf16 products; use 'float32'")
-    return Runtime(device=device, torch=torch.__version__, precision=settings.precision)
-
-
-def _multiplies_bf16(device: str) -> bool:
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def bytes_per_cell(model: Model, features: int, latent_dim: int, batch_size: int) -> int:
     """Memory of one cell in training: weights, gradients, two moments, the best weights, and the activations of one batch."""
     wide = 6 + 2 * (model.output != "identity") + 4 * bool(model.dropout)
@@ -96,13 +79,8 @@ def choose_stack_size(cell: Cell, features: int, device: str) -> int:
     """How many such cells train together: enough to hide what an update costs beside its products; half of a GPU's memory."""
     if device == "cpu":
         return min(STACK_CELLS, max(8, CPU_STACK_PARAMETERS // parameter_count(cell.model, features, cell.lanes)))
-    free, _ = torch.cuda.mem_get_info()
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch's cache too
     return max(2, free // 2 // bytes_per_cell(cell.model, features, cell.lanes, cell.train.batch_size))
-
-
-def workers(device: str) -> int:
-    """Stacks that train at once: one a CPU core (`OMP_NUM_THREADS` sets another number), one on a GPU."""
-    return torch.get_num_threads() if device == "cpu" else 1
 
 
 def plan_stacks(
@@ -184,11 +162,6 @@ def _memory_kind(cell: Cell, features: int, device: str) -> str:
     """Names what decides, beside their number, how much memory cells take in training."""
     settled = [cell.model.model_dump_json(), cell.lanes, cell.train.batch_size, features, device]
     return hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:16]
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """torch raises OutOfMemoryError on a GPU only; on the CPU its allocator says so in words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class StackTraining:
@@ -455,14 +428,6 @@ def _work(index: int, keys: list[str], cells: dict[str, Cell], until: int | None
         progress.put((index, update))
     if not training.stopped:
         progress.put((index, None))
-
-
-def keep_freed_memory() -> None:
-    """Has glibc reuse what it frees: giving it back costs a page fault every 4 KB, a tenth to a third of training."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def local_executor(

@@ -27,26 +27,33 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from pipeline import databases
-from pipeline.artifacts import ArtifactError, CellStore, Folders, main_checkout, read_json, read_table, read_tensors, sha256
-from pipeline.config import CONFIG_FOLDER, Model, Scalar, VaesweepError, chooses, claims_about, load_study
-from pipeline.escaping import escape
-from pipeline.model import Autoencoder
-from pipeline.searches import load_search
+from pipeline.artifacts import ArtifactError, CellStore, main_checkout, sha256
+from pipeline.config import Model, VaesweepError, claims_about
+from pipeline.records import (
+    BEST,
+    PARENT,
+    ParentRecord,
+    Reconstruction,
+    RunRecord,
+    Trained,
+    as_text,
+    load_reconstruction,
+    search_records,
+    study_records,
+)
 
 KEY = "run_key"
-PARENT = "parent"
 WRITING = "RUNNING"
 STATUSES = {"finished": "FINISHED", "diverged": "FAILED", "failed": "FAILED", "killed": "KILLED", "running": WRITING}
-BEST = "best"  # tag, and alias in the registry
+SUPERSEDED = {BEST: "false", "claims": ""}  # tags of a run that is no longer one of its study or search
 
 SECONDS_TO_ANSWER = databases.SECONDS_TO_ANSWER
 SECONDS_TO_END = 2.5  # for who was told to stop
@@ -54,53 +61,9 @@ REQUEST_TIMEOUT = "10"
 CELLS_A_TURN = 256  # other writers wait some seconds
 POINTS_A_CALL = 800  # MLflow takes 1,000 metrics, params and tags in one call; beyond, it would write the tags first
 
-Reconstruction = tuple[nn.Module, Tensor]
-"""A module from x to its reconstruction at z = μ, made of torch's own modules alone, and an example of x."""
-
 
 class TrackingError(VaesweepError):
     """A tracking store that cannot be reached or refuses; what is on disk is whole, and `vaesweep sync` uploads it later."""
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run shows: one trained cell, or one trial of a search.
-
-    `curves` has a column `update` and one column a curve; `metrics` are final values, which stand at update `step`;
-    `artifacts` maps a folder of the run to the local file or folder that is copied into it.
-    """
-
-    key: str
-    name: str
-    params: Mapping[str, Scalar] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
-    curves: pd.DataFrame | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    step: int = 0
-    artifacts: Mapping[str, Path] = field(default_factory=dict)
-    model: Callable[[], Reconstruction] | None = None
-    registered: str = ""
-    """Under which name the model stands in the registry, with the alias `best`; none if empty."""
-    status: str = "finished"
-    """One of `STATUSES`."""
-
-
-@dataclass(frozen=True)
-class ParentRecord:
-    """What the parent run of a study or a search shows. It has no params: those are immutable, and a study's file is not."""
-
-    name: str
-    title: str
-    tags: Mapping[str, str] = field(default_factory=dict)
-    artifacts: Mapping[str, Path] = field(default_factory=dict)
-    all_given: bool = False
-    """Whether the records beside it are all that it has; runs of earlier ones then lose the tag `best`."""
-    status: str = "finished"
-
-    def as_run(self) -> RunRecord:
-        """The parent as a run like any other."""
-        tags = {**self.tags, "mlflow.note.content": escape(self.title)}  # which the UI shows as markdown
-        return RunRecord(PARENT, self.name, {}, tags, artifacts=self.artifacts, status=self.status)
 
 
 class Point(NamedTuple):
@@ -164,8 +127,10 @@ class _Publisher(ABC):
                 changed += self._put(experiment_id, runs, replace(record, tags={**record.tags, **below}))
                 given.add(record.key)
             if parent.all_given:
-                for run in (run for key, run in runs.items() if key not in given and run.tags.get(BEST) == "true"):
-                    self._bring(experiment_id, run, Change(tags={BEST: "false"}))
+                for run in (run for key, run in runs.items() if key not in given):
+                    stale = {name: value for name, value in SUPERSEDED.items() if run.tags.get(name, value) != value}
+                    if stale:
+                        self._bring(experiment_id, run, Change(tags=stale))
             return changed
 
     def _put(self, experiment_id: str, runs: dict[str, StoredRun], record: RunRecord) -> bool:
@@ -204,7 +169,7 @@ def _difference(record: RunRecord, versions: dict[str, str], run: StoredRun) -> 
     tags = {name: value for name, value in {**record.tags, **versions}.items() if run.tags.get(name) != value}
     status = STATUSES[record.status]
     return Change(
-        params={name: _text(value) for name, value in record.params.items() if name not in run.params},
+        params={name: as_text(value) for name, value in record.params.items() if name not in run.params},
         points=[*_curve_points(record, run, "curves" in stale), *_final_points(record, run, "metrics" in stale)],
         tags=tags,
         artifacts={path: source for path, source in record.artifacts.items() if path in stale},
@@ -272,13 +237,6 @@ def _absorb(run: StoredRun, change: Change) -> None:
         run.metrics[point.name] = point.value
         run.newest = max(run.newest, point.timestamp)
     run.status = change.status or run.status
-
-
-def _text(value: Scalar) -> str:
-    """`1`, `1.0` and `1e0` are one value."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 class MemoryTracker(_Publisher):
@@ -580,15 +538,6 @@ def _print_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What `train` leaves of a study, or of some of its cells: contents of `about.json`, `manifest.csv` and `history.csv`."""
-
-    about: dict[str, Any]
-    manifest: pd.DataFrame
-    history: pd.DataFrame
-
-
 class Background:
     """Publishes cells of a study from a thread of its own while others train; meanwhile the parent run is RUNNING.
 
@@ -598,7 +547,7 @@ class Background:
 
     def __init__(self, study: str, read: Callable[[list[str]], Trained]):
         """`read` is told the ids of finished cells; it is called in the thread."""
-        self.study, self.read, self.tracker = study, read, MlflowTracker()
+        self.study, self.read, self.tracker, self.claims = study, read, MlflowTracker(), claims_about(study)
         self._cells: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._ended, self._killed = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name=databases.THREAD, daemon=True)
@@ -630,7 +579,7 @@ class Background:
 
     def _publish(self, status: str, cell_ids: list[str]) -> None:
         try:
-            parent, records = study_records(self.study, trained=self.read(cell_ids))
+            parent, records = study_records(self.study, trained=self.read(cell_ids), claims=self.claims)
             records = itertools.takewhile(lambda _: not self._ended.is_set(), records)
             self.tracker.publish(self.study, replace(parent, status=status), records)
         except VaesweepError as error:
@@ -644,15 +593,6 @@ class Background:
         return cell_ids
 
 
-def load_reconstruction(weights: Path, config: Model) -> Reconstruction:
-    """A trained cell as a module of torch's own parts, and an example of its input. Raises ArtifactError."""
-    state = read_tensors(weights)
-    features, latent_dim = state[f"decoder.{2 * len(config.hidden)}.weight"].shape[0], state["mean.weight"].shape[0]
-    cell = Autoencoder(config, features, latent_dim)
-    cell.load_state_dict(state)
-    return cell.mean_path(), torch.zeros(2, features)
-
-
 def become_ui(host: str, port: int) -> NoReturn:
     """Turns this process into the MLflow UI on the store that runs are kept in. Raises TrackingError."""
     uri = tracking_uri()
@@ -664,180 +604,6 @@ def become_ui(host: str, port: int) -> NoReturn:
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # arguments are there for everyone to read, and it may hold a password
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # for pages that no study has, and a way in
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--host", host, "--port", str(port)])
-
-
-def study_records(
-    name: str, reconstruction: Callable[[Path, Model], Reconstruction] | None = None, trained: Trained | None = None
-) -> tuple[ParentRecord, list[RunRecord]]:
-    """The runs of a study, from the files that its stages have left so far; with `trained`, those of its cells.
-
-    Raises ArtifactError where `train` has not run.
-    """
-    trained = trained or _read_trained(Folders(name).train)
-    parent = _parent(name, "study", trained.about, Folders(name).evaluate / "summary.csv")
-    curves = _curves(trained.history)
-    metrics = _metrics(name, trained.manifest)
-    claims = claims_about(name)
-    records = []
-    for row in trained.manifest.to_dict("records"):
-        named = dict.fromkeys(claim for claim, side in claims if chooses(side, row))
-        record = _cell_record(name, row, curves.get(row["cell_id"]), metrics.get(row["cell_id"], {}), named)
-        records.append(_with_pictures(name, record, reconstruction))
-    return parent, records
-
-
-def _read_trained(folder: Path) -> Trained:
-    manifest, history = (read_table(folder / table) for table in ("manifest.csv", "history.csv"))
-    return Trained(read_json(folder / "about.json"), manifest, history)
-
-
-def _parent(name: str, kind: str, about: dict[str, Any], summary: Path) -> ParentRecord:
-    facts = {key: _text(value) for key, value in about.items() if isinstance(value, Scalar) and key not in ("format", "title")}
-    files = {"config": CONFIG_FOLDER / f"{name}.yaml", "summary": summary}
-    return ParentRecord(
-        name, about["title"], {**facts, kind: name}, {key: file for key, file in files.items() if file.is_file()}
-    )
-
-
-def _curves(history: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Each cell's history; `train_loss` becomes `train/loss`, which the UI shows in a group `train`."""
-    if history.empty:
-        return {}
-    values = history.drop(columns="cell_id").rename(columns=lambda name: name.replace("_", "/", 1)).astype(float)
-    return dict(iter(values.groupby(history["cell_id"])))
-
-
-def _metrics(name: str, manifest: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Final metrics by cell, from the tables that exist; a name without a group is one of `prune`."""
-    found: dict[str, dict[str, float]] = {}
-    cell_ids = set() if manifest.empty else set(manifest["cell_id"])
-    for path in (Folders(name).evaluate / "metrics.csv", Folders(name).prune / "summary.csv"):
-        if path.is_file():
-            for row in (row for row in read_table(path).to_dict("records") if row["cell_id"] in cell_ids):
-                values = {key: value for key, value in row.items() if key not in manifest.columns}
-                named = {key if "/" in key else f"prune/{key}": value for key, value in values.items()}
-                found.setdefault(row["cell_id"], {}).update(_numbers(named))
-    return found
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items() if not pd.isna(value)}
-
-
-def _cell_record(
-    study: str, row: dict[str, Any], curves: pd.DataFrame | None, metrics: dict[str, float], claims: Iterable[str]
-) -> RunRecord:
-    params = _params({column: value for column, value in row.items() if column not in RESULTS})
-    kept = {"evaluated/validation_loss": row["validation_loss"], "evaluated/update": row["evaluated_update"]}
-    shown = _tags(row, "cell_id", "arm", "data_hash", "unconverged", "diverged_at")
-    return RunRecord(
-        key=row["cell_id"],
-        name=_name(params),
-        params=params,
-        tags={"study": study, "claims": _claims_tag(claims), **shown},
-        curves=curves,
-        metrics={**_numbers(kept), **metrics},
-        step=int(row["updates"]),
-        status=row["status"],
-    )
-
-
-def _claims_tag(claims: Iterable[str]) -> str:
-    """Ids with a blank on either side, so that `tags.claims LIKE '% id %'` finds one, and none of which it is a part."""
-    return "".join(f" {claim} " for claim in claims)
-
-
-RESULTS = ("cell_id", "dataset", "data_hash", "status", "diverged_at", "evaluated_update", "validation_loss", "unconverged")
-"""Columns of a manifest that describe what came of a cell; the others say what was asked for."""
-
-
-def _tags(row: dict[str, Any], *columns: str) -> dict[str, str]:
-    return {column: _text(row[column]) for column in columns if not pd.isna(row[column])}
-
-
-def _params(row: dict[str, Any]) -> dict[str, Scalar]:
-    """What applies to the cell; log10 β too, because the UI's plots have no logarithmic axis."""
-    params = {key: value for key, value in row.items() if not pd.isna(value)}
-    if params.get("sigma2", "learned") != "learned":
-        params["sigma2"] = float(params["sigma2"])  # beside "learned", numbers are read as text
-    if params.get("beta", 0) > 0:
-        params["log10_beta"] = round(math.log10(params["beta"]), 6)
-    return params
-
-
-USUAL = {"sigma2": 1.0, "learning_rate": 1e-3, "anneal": 0.0, "train_noise": 0.0}
-
-
-def _name(params: dict[str, Scalar]) -> str:
-    """Arm and axes in short; those that few studies vary only where they are not as usual."""
-    labels = {"latent_dim": "z", "beta": "β=", "l2": "λ=", "sigma2": "σ²=", "learning_rate": "lr=", "seed": "seed "}
-    silent = {"arm", "log10_beta", "updates"} | {key for key, usual in USUAL.items() if params.get(key) == usual}
-    words = [f"{labels.get(key, key + '=')}{_short(value)}" for key, value in params.items() if key not in silent]
-    return " ".join([str(params["arm"]), *words])
-
-
-def _short(value: Scalar) -> str:
-    """A grid's values in full, a sampler's to three digits."""
-    return f"{value:.3g}" if isinstance(value, float) and float(f"{value:.6g}") != value else _text(value)
-
-
-def _with_pictures(study: str, record: RunRecord, reconstruction: Callable[[Path, Model], Reconstruction] | None) -> RunRecord:
-    """Cells that have pictures are the best ones: they get them, their weights and a model."""
-    pictures = Folders(study).evaluate / "pictures" / record.key
-    weights = Folders(study).train / "weights" / f"{record.key}.safetensors"
-    best = pictures.is_dir() and weights.is_file()
-    record = replace(record, tags={**record.tags, "best": _text(best)})
-    if not best:
-        return record
-    build = partial(reconstruction, weights, load_study(study).model) if reconstruction else None
-    return replace(record, artifacts={"pictures": pictures, "weights": weights}, model=build)
-
-
-def search_records(
-    name: str, reconstruction: Callable[[Path, Model], Reconstruction] | None = None
-) -> tuple[ParentRecord, list[RunRecord]]:
-    """The trials of a search, from the files that it has left. Raises ArtifactError where it has not run.
-
-    Cells of the grid, with which it began, have their runs in the experiment of their study.
-    """
-    folder = Folders(name).search
-    trials, about = read_table(folder / "trials.csv"), read_json(folder / "about.json")
-    curves = _curves(read_table(folder / "history.csv"))
-    own = trials[trials["state"] != "grid"]
-    records = [_trial_record(name, row, about, curves.get(row["cell_id"])) for row in own.to_dict("records")]
-    if reconstruction:
-        search, study = load_search(name)
-        model = search.settled(study)[1]
-        records = [_with_model(folder, record, partial(reconstruction, config=model)) for record in records]
-    parent = _parent(name, "search", about, folder / "trials.csv")
-    return replace(parent, artifacts={**parent.artifacts, "pictures": folder / "pictures"}, all_given=True), records
-
-
-def _trial_record(search: str, row: dict[str, Any], about: dict[str, Any], curves: pd.DataFrame | None) -> RunRecord:
-    settings = {name: row[name] for name in about["settings"]}
-    shown = _tags(row, "cell_id", "trial", "state", "unconverged", "on_front", "batch", BEST)
-    status = "failed" if row["state"] == "failed" else "finished"
-    values = {name: row[name] for name in about["objectives"]}
-    return RunRecord(
-        key=f"{row['cell_id']}-{row['trial']:.0f}",  # two trials may be one cell
-        name=f"trial {row['trial']:.0f} " + _name(_params(settings)),
-        params=_params({**settings, "seed": about["seed"], "updates": about["updates"]}),
-        tags={"search": search, "study": about["study"], "updates_reached": _text(row["updates"]), **shown},
-        curves=curves,
-        metrics=_numbers({**values, "search/score": row["score"]}),
-        step=int(row["updates"]),
-        status=status,
-    )
-
-
-def _with_model(folder: Path, record: RunRecord, reconstruction: Callable[[Path], Reconstruction]) -> RunRecord:
-    """The winner gets its weights and a model, registered under the search's name."""
-    if record.tags[BEST] != "true":
-        return record
-    weights = folder / "weights" / f"{record.tags['cell_id']}.safetensors"
-    return replace(
-        record, artifacts={"weights": weights}, model=partial(reconstruction, weights), registered=record.tags["search"]
-    )
 
 
 def _origin() -> dict[str, str]:

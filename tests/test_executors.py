@@ -10,7 +10,8 @@ import torch
 from pipeline import executors
 from pipeline.artifacts import CellStore, Prepared
 from pipeline.config import Settings, TrainNoise, VaesweepError
-from pipeline.executors import Inline, Interrupted, Workers, bytes_per_cell, choose_stack_size, find_runtime, plan_stacks
+from pipeline.devices import find_runtime
+from pipeline.executors import Inline, Interrupted, Workers, bytes_per_cell, choose_stack_size, plan_stacks
 from pipeline.grid import Runtime, identify
 from pipeline.trainer import StackTrainer
 

@@ -31,8 +31,18 @@ import pipeline
 from pipeline import tracking
 from pipeline.artifacts import CellStore, Folders, load_prepared, read_table, write_json, write_table, write_tensors
 from pipeline.config import load_study
+from pipeline.records import (
+    ParentRecord,
+    Reconstruction,
+    RunRecord,
+    Trained,
+    _read_trained,
+    load_reconstruction,
+    search_records,
+    study_records,
+)
 from pipeline.stages import search
-from pipeline.tracking import MemoryTracker, MlflowTracker, ParentRecord, RunRecord, Tracker, TrackingError
+from pipeline.tracking import MemoryTracker, MlflowTracker, Tracker, TrackingError
 
 PARENT = ParentRecord("digits", "Real digits", {"study": "digits"})
 NAN = float("nan")
@@ -53,7 +63,7 @@ title: A search with trials of every kind
 study: tiny
 space: {latent_dim: {low: 2, high: 4}, learning_rate: {values: [0.001, 0.002, 0.004, 1.0e+30]}}
 objectives: [{metric: validation/bce_elbo, direction: up}]
-winner: {seeds: [1]}
+winner: {finalists: 1, validation_seeds: [2], test_seeds: [1]}
 sampler: {kind: random, seed: 0}
 trials: 6
 batch: 6
@@ -63,6 +73,7 @@ halving: 2
 FIRST_START = """
 import sys, time
 from pathlib import Path
+import pandas as pd
 from pipeline.tracking import *
 from pipeline.tracking import _mlflow
 _mlflow()
@@ -174,7 +185,7 @@ def record(key: str = "c0", **fields) -> RunRecord:
     return RunRecord(key, f"cell {key}", **{**usual, **fields})
 
 
-def identity() -> tracking.Reconstruction:
+def identity() -> Reconstruction:
     return nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3)), torch.zeros(2, 3)
 
 
@@ -423,7 +434,7 @@ def test_the_alias_and_the_tag_best_follow_the_winner_of_a_search(database, best
     search = replace(PARENT, all_given=True)
 
     def publish(winner: str | None, *keys: str) -> str:
-        tag = {key: {"best": str(key == winner).lower()} for key in keys}
+        tag = {key: {"best": str(key == winner).lower(), "claims": " one "} for key in keys}
         records = [replace(record(), key=key, tags=tag[key], artifacts={}) for key in keys]
         model = {"model": lambda: (nn.Linear(3, 3), torch.zeros(2, 3)), "registered": "hunt"}
         tracker.publish("hunt", search, [replace(r, **model) if r.key == winner else r for r in records])
@@ -436,6 +447,8 @@ def test_the_alias_and_the_tag_best_follow_the_winner_of_a_search(database, best
     place = tracker._client.get_experiment_by_name("hunt").experiment_id
     (tagged,) = [run for run in tracker._client.search_runs([place]) if run.data.tags.get("best") == "true"]
     assert tagged.info.run_id == publish("new", "new")
+    (of_claim,) = tracker._client.search_runs([place], "tags.claims LIKE '% one %'")
+    assert of_claim.info.run_id == tagged.info.run_id
 
 
 @pytest.fixture
@@ -479,10 +492,10 @@ def test_a_search_is_one_parent_and_a_run_a_trial_of_which_one_is_a_model(search
     x = load_prepared(Folders("tiny").prepared).x["validation"][0]
     model = mlflow.pytorch.load_model("models:/hunt@best")  # noqa: TID251, our own
     weights = CellStore().weights_path(best["cell_id"])
-    torch.testing.assert_close(model(x), tracking.load_reconstruction(weights, load_study("tiny").model)[0](x))
+    torch.testing.assert_close(model(x), load_reconstruction(weights, load_study("tiny").model)[0](x))
     assert (model(x) - x).square().mean() < x.square().mean()
 
-    assert tracking.sync(tracker, [], ["hunt"], tracking.load_reconstruction).changed == {"hunt": 0}
+    assert tracking.sync(tracker, [], ["hunt"], load_reconstruction).changed == {"hunt": 0}
 
 
 def test_a_deleted_experiment_comes_back_with_its_runs(database):
@@ -621,9 +634,9 @@ def write_study(cells: pd.DataFrame, *, evaluated: bool = True) -> None:
         write_table(folders.prune / "summary.csv", cells.assign(active_units=2))
 
 
-def read_study(cell_ids: list[str]) -> tracking.Trained:
+def read_study(cell_ids: list[str]) -> Trained:
     """Those cells of the files that `write_study` writes."""
-    whole = tracking._read_trained(Folders("digits").train)
+    whole = _read_trained(Folders("digits").train)
     manifest, history = (table[table["cell_id"].isin(cell_ids)] for table in (whole.manifest, whole.history))
     return replace(whole, manifest=manifest, history=history)
 
@@ -635,7 +648,7 @@ def cell(cell_id: str, arm: str = "vae", beta: float = 4.0, **fields) -> dict:
 
 def test_a_cell_shows_only_the_params_that_apply(workspace):
     write_study(pd.DataFrame([cell("a"), cell("b", beta=0.0), cell("00000000000000e1", "ae", NAN, sigma2="learned", seed=3)]))
-    _, (vae, free, plain) = tracking.study_records("digits")
+    _, (vae, free, plain) = study_records("digits")
     shared = {"manifold_dim": 3, "latent_dim": 8, "l2": 1e-5, "learning_rate": 1e-3, "updates": 30}
     assert vae.params == {"arm": "vae", **shared, "beta": 4.0, "log10_beta": 0.60206, "seed": 0}
     assert free.params == {"arm": "vae", **shared, "beta": 0.0, "seed": 0}
@@ -651,13 +664,19 @@ def test_a_cell_shows_only_the_params_that_apply(workspace):
 
 def test_a_run_names_the_claims_that_it_is_about(workspace):
     write_study(pd.DataFrame([cell("a"), cell("b", beta=0.0), cell("c", "ae", NAN)]))
-    _, (vae, free, plain) = tracking.study_records("digits")
+    _, (vae, free, plain) = study_records("digits")
     assert [record.tags.get("claims") for record in (vae, free, plain)] == [" rises ", " rises  free ", " free "]
+
+
+def test_only_all_cells_of_a_study_supersede_others(workspace):
+    write_study(pd.DataFrame([cell("a"), cell("b", beta=0.0)]))
+    assert study_records("digits")[0].all_given
+    assert not study_records("digits", trained=read_study(["a"]))[0].all_given
 
 
 def test_sigma2_is_a_number_also_beside_learned(workspace):
     write_study(pd.DataFrame([cell("a", sigma2=1.0), cell("b", sigma2=0.1), cell("c", sigma2="learned")]))
-    _, records = tracking.study_records("digits")
+    _, records = study_records("digits")
     assert [record.params["sigma2"] for record in records] == [1.0, 0.1, "learned"]
     assert [record.name for record in records] == [
         f"vae manifold_dim=3 z8 β=4 λ=1e-05 {word}seed 0" for word in ("", "σ²=0.1 ", "σ²=learned ")
@@ -667,7 +686,7 @@ def test_sigma2_is_a_number_also_beside_learned(workspace):
 def test_metrics_come_from_the_stages_that_have_run(workspace):
     kept = {"evaluated/validation_loss": 0.7, "evaluated/update": 20.0}
     write_study(pd.DataFrame([cell("a")]), evaluated=False)
-    parent, (trained,) = tracking.study_records("digits")
+    parent, (trained,) = study_records("digits")
     assert trained.metrics == kept
     assert set(trained.curves) == {"update", "train/loss", "validation/loss"}
     assert (parent.name, parent.title, parent.tags) == (
@@ -676,7 +695,7 @@ def test_metrics_come_from_the_stages_that_have_run(workspace):
         {"study": "digits", "cells": "1", "keep": "best"},
     )
     write_study(pd.DataFrame([cell("a")]))
-    _, (evaluated,) = tracking.study_records("digits")
+    _, (evaluated,) = study_records("digits")
     assert tracking._finite(evaluated.metrics) == {**kept, "test/mse": 0.25, "prune/active_units": 2.0}
 
 
@@ -685,7 +704,7 @@ def test_cells_with_pictures_are_the_best_ones(workspace):
     pictures = Folders("digits").evaluate / "pictures" / "b"
     pictures.mkdir(parents=True)
     write_tensors(Folders("digits").train / "weights" / "b.safetensors", {"weight": torch.ones(2)})
-    _, (other, best) = tracking.study_records("digits", lambda study, cell_id: identity() if (study, cell_id) else None)
+    _, (other, best) = study_records("digits", lambda weights, config: identity() if (weights, config) else None)
     assert (other.tags["best"], other.artifacts, other.model) == ("false", {}, None)
     assert best.tags["best"] == "true"
     assert set(best.artifacts) == {"pictures", "weights"}
@@ -696,7 +715,7 @@ def test_a_diverged_cell_says_where(workspace):
     gone = {"status": "diverged", "diverged_at": 12.0, "validation_loss": NAN, "evaluated_update": NAN, "unconverged": False}
     fine = {"status": "finished", "diverged_at": NAN, "validation_loss": 0.7, "evaluated_update": 20.0, "unconverged": True}
     write_study(pd.DataFrame([cell("a", **gone), cell("b", **fine)]), evaluated=False)
-    _, (diverged, finished) = tracking.study_records("digits")
+    _, (diverged, finished) = study_records("digits")
     assert (diverged.status, diverged.tags["diverged_at"]) == ("diverged", "12")
     assert tracking._finite(diverged.metrics) == {}
     assert (finished.tags["unconverged"], "diverged_at" in finished.tags) == ("true", False)
@@ -712,6 +731,7 @@ def test_trials_are_runs_also_where_two_have_the_same_cell_and_the_grids_cells_a
         "on_front": False,
         "updates": 10,
         "score": NAN,
+        "final": NAN,
         "best": False,
     }
     complete = {
@@ -721,6 +741,7 @@ def test_trials_are_runs_also_where_two_have_the_same_cell_and_the_grids_cells_a
         "on_front": True,
         "updates": 30,
         "score": 90.0,
+        "final": 89.0,
         "best": True,
     }
     grid = {**row, **complete, "cell_id": "g", "state": "grid", "best": False}
@@ -729,11 +750,11 @@ def test_trials_are_runs_also_where_two_have_the_same_cell_and_the_grids_cells_a
     about = {"title": "KL weights", "study": "digits", "seed": 0, "updates": 30}
     about |= {"settings": ["arm", "beta", "latent_dim"], "objectives": ["validation/kl"]}
     write_json(folder / "about.json", about)
-    parent, (first, second) = tracking.search_records("kl_weight")
+    parent, (first, second) = search_records("kl_weight")
     assert (first.key, first.status, second.key, second.status) == ("a-0", "failed", "a-1", "finished")
     assert (first.name, second.name) == ("trial 0 vae β=0.123 z2", "trial 1 vae β=0.1 z2")
     assert second.params == {"arm": "vae", "beta": 0.1, "log10_beta": -1.0, "latent_dim": 2, "seed": 0, "updates": 30}
-    assert second.metrics == {"validation/kl": 8.0, "search/score": 90.0}
+    assert second.metrics == {"validation/kl": 8.0, "search/score": 90.0, "search/final": 89.0}
     assert second.tags | {"state": "complete", "updates_reached": "30", "on_front": "true", "best": "true"} == second.tags
     assert second.tags["search"] == parent.tags["search"] == "kl_weight"
 
@@ -793,7 +814,7 @@ def test_other_writers_get_a_turn(workspace, monkeypatch):
         background.tracker = tracker = Slow(never_slow)
         background.put("abcde")
         end = time.monotonic() + 10
-        while len(tracker.turns) < 4 and time.monotonic() < end:
+        while sum(map(len, tracker.turns)) < 5 and time.monotonic() < end:
             time.sleep(0.01)
     assert tracker.turns == [[], ["a", "b"], ["c", "d"], ["e"]]
 

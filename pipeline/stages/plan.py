@@ -13,7 +13,8 @@ from tabulate import tabulate
 from pipeline import datasets
 from pipeline.artifacts import ArtifactError, CellStore, Folders, Prepared, load_prepared
 from pipeline.config import CONFIG_FOLDER, ArmAxes, ConfigError, Study, load_settings, load_study
-from pipeline.executors import bytes_per_cell, find_runtime, known_fits, plan_stacks, traits, workers
+from pipeline.devices import find_runtime, workers
+from pipeline.executors import bytes_per_cell, known_fits, plan_stacks, traits
 from pipeline.grid import Cell, Runtime, cells, data_points, identify, parameter_count
 from pipeline.mlp import one_thread
 from pipeline.trainer import PLAIN, StackTrainer, Traits, versions

@@ -12,8 +12,10 @@ import pandas as pd
 from pipeline import tracking
 from pipeline.artifacts import CellStore, Folders, Prepared, link, load_prepared, write_json, write_table
 from pipeline.config import Study, load_settings, load_study
-from pipeline.executors import Advance, find_runtime, local_executor
+from pipeline.devices import find_runtime
+from pipeline.executors import Advance, local_executor
 from pipeline.grid import ENGINE_VERSION, Cell, Runtime, cells, identify, parameter_count
+from pipeline.records import Trained
 from pipeline.trainer import unconverged
 
 Show = Callable[[str, Iterable[Advance]], None]
@@ -27,9 +29,9 @@ def run(name: str, show: Show, stop: Callable[[], int | None] = lambda: None) ->
     wanted = identify(cells(study), data.hashes, runtime)
     about = _about(name, study, wanted, data, runtime)
 
-    def trained(keys: Iterable[str]) -> tracking.Trained:
+    def trained(keys: Iterable[str]) -> Trained:
         finished = {key: wanted[key] for key in keys}
-        return tracking.Trained(about, pd.DataFrame(_manifest(finished, data, store)), store.history(finished))
+        return Trained(about, pd.DataFrame(_manifest(finished, data, store)), store.history(finished))
 
     with store.lock(f"training study {name}"):
         store.remove_leftovers()
@@ -78,7 +80,7 @@ def _manifest(wanted: Mapping[str, Cell], data: Prepared, store: CellStore) -> I
         yield {"cell_id": key, **cell.row(), **place, **ended, "unconverged": unconverged(record)}
 
 
-def _assemble(folder: Path, trained: tracking.Trained, store: CellStore) -> None:
+def _assemble(folder: Path, trained: Trained, store: CellStore) -> None:
     shutil.rmtree(folder / "weights", ignore_errors=True)
     for row in trained.manifest.to_dict("records"):
         if row["status"] == "finished":
