@@ -572,6 +572,14 @@ def _as_float(x: torch.Tensor) -> torch.Tensor:
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
+def in_order(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, Cell]) -> pd.DataFrame:
+    """Rows about cells as a table, in the order of the study's cells."""
+    if not rows:
+        return pd.DataFrame(columns=["cell_id"])
+    rank = {key: position for position, key in enumerate(wanted)}
+    return pd.DataFrame(sorted(rows, key=lambda row: rank[row["cell_id"]]))
+
+
 class TrainedStack(NamedTuple):
     """Finished cells of one dataset and one number of lanes, with the weights that `train` kept."""
 

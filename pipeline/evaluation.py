@@ -165,7 +165,7 @@ class Measured:
         self.device = self.x["test"].device
         self.objective = Objective(self.cells, self.device)
         self.variational = torch.tensor([cell.arm.variational for cell in self.cells], device=self.device)
-        self.held = torch.tensor([cell.arm.variational and cell.beta > 0 for cell in self.cells], device=self.device)
+        self.held = torch.tensor([cell.held for cell in self.cells], device=self.device)
         self.dims = torch.tensor([cell.latent_dim for cell in self.cells], device=self.device)
 
     # What networks make of rows and codes
@@ -235,7 +235,7 @@ class Measured:
     @cached_property
     def mean_variance(self) -> Float[Tensor, "stack lane"]:
         """Variance of each latent's mean over the test set, as `latents.mean_variance` has it."""
-        return latents.mean_variance(self.codes["test"], [cell.arm.samples for cell in self.cells])
+        return latents.mean_variance(self.codes["test"], self.held)
 
     @cached_property
     def active(self) -> Bool[Tensor, "stack lane"]:

@@ -52,6 +52,11 @@ class Cell:
         return ARMS[self.arm_name]
 
     @property
+    def held(self) -> bool:
+        """Whether the prior holds the scale and origin of the cell's code, which are arbitrary otherwise."""
+        return self.arm.variational and self.beta > 0
+
+    @property
     def lanes(self) -> int:
         """Latent lanes that the cell occupies in a stack: the next power of two, at least 2.
 
@@ -111,15 +116,14 @@ def data_points(data: Data) -> list[dict[str, Any]]:
 def cell_id(cell: Cell, data_hash: str, runtime: Runtime) -> str:
     """Names a cell by everything that decides its result: 16 hexadecimal digits."""
     recipe = {
-        **cell.row(),
+        # The data's hash says what the data's axes say, and says it for shared datasets too.
+        **{axis: value for axis, value in cell.row().items() if axis not in cell.data},
         "model": cell.model.model_dump(mode="json"),
         "train": cell.train.model_dump(mode="json"),
         "data_hash": data_hash,
         "engine": ENGINE_VERSION,
         **asdict(runtime),
     }
-    for axis in cell.data:  # the data's hash says it already, and says it for shared datasets too
-        del recipe[axis]
     if not cell.train_noise:  # what kind of noise there would be is then no matter
         recipe["train"].pop("noise", None)
     recipe["device"] = runtime.device.split(":")[0]

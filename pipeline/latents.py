@@ -14,14 +14,14 @@ VARIANCE_FLOOR = 1e-12
 CLEAR_DROP = 2.0  # an elbow is a drop by at least this factor
 
 
-def mean_variance(mu: Float[Tensor, "stack row lane"], samples: list[bool]) -> Float[Tensor, "stack lane"]:
+def mean_variance(mu: Float[Tensor, "stack row lane"], held: Bool[Tensor, " stack"]) -> Float[Tensor, "stack lane"]:
     """Variance of each latent's mean over the data.
 
-    The scale of a code that no prior holds is arbitrary: where the arm does not sample, variances are relative to its largest.
+    The scale of a code that no prior holds is arbitrary: there, variances are relative to the largest.
     """
     variance = mu.var(dim=1)
     largest = variance.max(dim=-1, keepdim=True).values.clamp(min=VARIANCE_FLOOR)
-    return torch.where(torch.tensor(samples, device=mu.device)[:, None], variance, variance / largest)
+    return torch.where(held[:, None], variance, variance / largest)
 
 
 def active(variance: Float[Tensor, "stack lane"], threshold: float) -> Bool[Tensor, "stack lane"]:
@@ -63,7 +63,7 @@ def elbow(values: Float[np.ndarray, " latent"]) -> int:
 
 
 def ablation_masks(importance: Float[Tensor, "stack lane"], dims: list[int]) -> Float[Tensor, "zeroed stack lane"]:
-    """Masks that zero 0, 1, … dimensions of each cell, the least important first, up to the largest of `dims`.
+    """Masks that take 0, 1, … dimensions of each cell away, the least important first, up to the largest of `dims`.
 
     Unused lanes count as the least important and are zero in every mask.
     """

@@ -160,12 +160,17 @@ def _henze_zirkler_critical(b: float, d: int) -> float:
 
 
 def kurtosis(codes: Float[Tensor, "stack row latent"]) -> Float[Tensor, " stack"]:
-    """Mardia's excess kurtosis (1970) for each latent: whatever the rotation, 0 for a normal and −1.2 for a uniform one."""
-    rows = codes.double() - codes.double().mean(dim=1, keepdim=True)
+    """Mardia's excess kurtosis (1970) for each latent: whatever the rotation, 0 for a normal and −1.2 for a uniform one.
+
+    NaN where a latent does not vary.
+    """
+    codes = codes.double()
+    rows = codes - codes.mean(dim=1, keepdim=True)
+    flat = (rows.square().mean(dim=1) <= 1e-12 * codes.square().mean(dim=1)).any(dim=-1)
     precision = torch.linalg.pinv(rows.mT @ rows / rows.shape[1], hermitian=True)
     squared = ((rows @ precision) * rows).sum(dim=-1)
     dim = codes.shape[-1]
-    return (squared.square().mean(dim=1) / dim - dim - 2).float()
+    return (squared.square().mean(dim=1) / dim - dim - 2).masked_fill(flat, torch.nan).float()
 
 
 def utilisation(codes: Float[Tensor, "stack row latent"]) -> Float[Tensor, " stack"]:

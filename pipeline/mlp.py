@@ -92,7 +92,7 @@ class Mlp:
     def __init__(self, layers: list[Layer], activation: Activation):
         self.anchor, self.activation = layers[0].weight, activation
         self.smallest = min(layer.weight[0].numel() for layer in layers)
-        self.one_by_one = layers[0].wide and not self.anchor.is_cuda
+        self.one_by_one = layers[0].wide and self.anchor.device.type == "cpu"
         cells = range(len(self.anchor)) if self.one_by_one else [...]
         self.parts = [(part, [layer.of(part) for layer in layers]) for part in cells]
 
@@ -115,7 +115,8 @@ class Mlp:
         return layers[0].backward(grad) if to_x else None
 
     def kernels(self, batch: int) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.anchor.is_cuda else fast_products(batch * self.smallest)
+        on_cpu = self.anchor.device.type == "cpu"
+        return fast_products(batch * self.smallest) if on_cpu else contextlib.nullcontext()
 
     def joined(self, parts: list[Tensor]) -> Tensor:
         """One tensor of what each part has."""

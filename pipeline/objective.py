@@ -35,7 +35,7 @@ class _BernoulliNll(torch.autograd.Function):
         ctx.slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         elements = logits[0].numel()
         cells = 1 if elements % UNROLLED else max(1, CACHED_ELEMENTS // elements)
-        cells = len(logits) if logits.is_cuda else cells
+        cells = cells if logits.device.type == "cpu" else len(logits)
         for part in (slice(first, first + cells) for first in range(0, len(logits), cells)):
             x, t = logits[part], target[part]
             if ctx.slope is not None:

@@ -154,7 +154,7 @@ class Result(NamedTuple):
 
 
 class StackTrainer:
-    """Trains cells of equal `lanes`, `model` and `train` as one program, on the clean rows of every dataset.
+    """Trains cells of equal `lanes`, `model` and `train` as one program, on the rows of every dataset.
 
     Where products take all cells at once, a lone cell trains beside a copy of itself: one matrix alone rounds differently.
     """

@@ -3,12 +3,13 @@ import math
 import pytest
 import torch
 
+from pipeline import evaluation
 from pipeline.artifacts import Prepared, TrainedStack
 from pipeline.config import ConfigError, Data, Evaluate, Grid, Model, Study, Train
 from pipeline.evaluation import MEASUREMENTS, Measured, Reference, measured, noise_curves
 from pipeline.measures import MEASURES, RADIUS, find
 from pipeline.model import StackedAutoencoder
-from pipeline.stages.prune import CRITERIA
+from pipeline.stages.prune import CRITERIA, _analyse
 
 ROWS = 80
 NOISE = Evaluate(noise=({"kind": "gaussian", "levels": (0.0, 0.5)},))
@@ -101,6 +102,23 @@ def test_the_scale_of_a_plain_code_changes_nothing(make_stack):
     for name, values in plain.items():
         expected = values[0] if values[0] is not None else math.nan
         assert scaled[name][0] is None or scaled[name][0] == pytest.approx(expected, nan_ok=True, rel=1e-3, abs=1e-5), name
+
+
+def test_a_latent_of_a_plain_autoencoder_is_ablated_to_its_mean_wherever_that_is(make_stack):
+    here, there = (make_stack(make_data(), {"arm": "ae"}, {}) for _ in range(2))
+    state, shift = there.model.cell_state(0), torch.tensor([3.0, -2.0])
+    first = next(name.removesuffix(".weight") for name in state if name.startswith("decoder") and name.endswith(".weight"))
+    bias = state[f"{first}.bias"] - state[f"{first}.weight"] @ shift
+    there.model.load_cell(0, state | {"mean.bias": state["mean.bias"] + shift, f"{first}.bias": bias})
+    curves = [[row["mse"] for row in _analyse(stack)["ablation"] if row["cell_id"] == "0"] for stack in (here, there)]
+    assert len(curves[0]) == 3 * 3 and curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("cell", [{"arm": "ae"}, {"arm": "ae_as_published"}, {"beta": 0.0}], ids=str)
+def test_units_are_active_whatever_the_scale_of_a_code_that_no_prior_holds(make_stack, cell):
+    stacks = [rescaled(make_stack(make_data(), cell, {}), factor) for factor in (1e-3, 1, 1e3)]
+    small, whole, large = (measured(stack)["test/active_units"][0] for stack in stacks)
+    assert small == whole == large > 0
 
 
 def test_a_gaussian_likelihood_and_black_and_white_images_have_bounds_and_grey_ones_a_score(make_stack):
@@ -201,8 +219,22 @@ def test_what_noise_leaves_is_a_share_of_the_mean_images_error(make_stack):
     changed = stack.reference.noisy("gaussian", 0.5, True) != stack.x["test"]
     of_mean = ((stack.x["train"].mean(dim=0) - stack.x["test"]).square() * changed).mean().item()
     assert clean["rise"] == pytest.approx([math.nan, math.nan], nan_ok=True), "an untrained cell explains no variance"
-    left = stack.errors(stack.encode(stack.reference.noisy("gaussian", 0.5, True))[0], (stack.x["test"], changed.float()))[0]
+    reconstructed = stack.decode(stack.encode(stack.reference.noisy("gaussian", 0.5, True))[0])
+    left = ((reconstructed - stack.x["test"]).square() * changed).mean(dim=(1, 2))
     torch.testing.assert_close(torch.tensor(noisy["left"]), left / of_mean)
+
+
+@pytest.mark.parametrize("cell", [{}, {"model": {"hidden": (8,), "likelihood": "gaussian"}}], ids=["bernoulli", "gaussian"])
+def test_parts_of_rows_measure_what_the_whole_does(make_stack, monkeypatch, cell):
+    """More test rows than pass through a stack at a time are no other rows."""
+    found = []
+    for rows in (ROWS, 33):
+        monkeypatch.setattr(evaluation, "ROWS", rows)
+        stack = make_stack(make_data(), cell, {**cell, "arm": "ae"}, evaluate=NOISE)
+        found.append({**measured(stack), **{f"{kind} {level}": curve["left"] for kind, level, curve in noise_curves(stack)}})
+    for name, values in found[0].items():
+        for whole, parts in zip(values, found[1][name], strict=True):
+            assert parts is whole or parts == pytest.approx(whole, rel=1e-4, abs=1e-6, nan_ok=True), name
 
 
 def test_noise_raises_the_error_by_a_share_of_what_is_explained_of_clean_input(make_stack):

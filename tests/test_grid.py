@@ -104,6 +104,8 @@ def test_everything_that_decides_a_result_changes_the_id(make_cell):
         dataclasses.replace(cell, model=cell.model.model_copy(update={"hidden": (7,)})),
         dataclasses.replace(cell, train=cell.train.model_copy(update={"updates": 41})),
     ]
+    sized = dataclasses.replace(cell, data={"train": 500})  # an axis of the data, by the name of a study's section
+    changes.append(dataclasses.replace(sized, train=cell.train.model_copy(update={"updates": 42})))
     ids = [cell_id(change, "hash", RUNTIME) for change in changes]
     ids += [cell_id(cell, "other", RUNTIME)]
     ids += [cell_id(cell, "hash", dataclasses.replace(RUNTIME, **{f: "x.y"})) for f in ("device", "torch", "precision")]
@@ -113,7 +115,8 @@ def test_everything_that_decides_a_result_changes_the_id(make_cell):
 def test_what_does_not_decide_a_result_leaves_the_id(make_cell):
     cell = make_cell(beta=1.0)
     base = cell_id(cell, "hash", RUNTIME)
-    assert cell_id(dataclasses.replace(cell, dataset=3, data={"manifold_dim": 2}), "hash", RUNTIME) == base
+    for axis in ("manifold_dim", "train"):
+        assert cell_id(dataclasses.replace(cell, dataset=3, data={axis: 2}), "hash", RUNTIME) == base
     assert cell_id(cell, "hash", Runtime(device="cpu", torch="2.14.9")) == base
     noisy = cell.train.model_copy(update={"noise": TrainNoise(kind="gaussian")})
     assert cell_id(dataclasses.replace(cell, train=noisy), "hash", RUNTIME) == base

@@ -8,13 +8,13 @@ from pipeline.latents import ablation_masks, active, decoder_columns, elbow, mea
 def test_latents_that_vary_are_active():
     scales = torch.tensor([1.0, 0.5, 0.05, 0.0])
     mu = torch.randn(1, 2000, 4, generator=torch.Generator().manual_seed(0)) * scales
-    assert active(mean_variance(mu, [True]), 0.01).tolist() == [[True, True, False, False]]
+    assert active(mean_variance(mu, torch.tensor([True])), 0.01).tolist() == [[True, True, False, False]]
 
 
 def test_a_code_without_prior_is_measured_against_its_largest_variance():
     mu = torch.randn(1, 2000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.5, 0.01])
     for scale in (1e-3, 1.0, 1e3):
-        assert active(mean_variance(mu * scale, [False]), 0.01).tolist() == [[True, True, False]]
+        assert active(mean_variance(mu * scale, torch.tensor([False])), 0.01).tolist() == [[True, True, False]]
 
 
 def test_a_cancelling_column_is_seen_by_its_norms_and_not_by_its_sum():

@@ -104,6 +104,8 @@ def test_kurtosis_is_0_for_normal_codes_and_that_of_a_square_however_it_is_turne
     assert metrics.kurtosis(torch.stack([normal(4000, 2), square, turned])).tolist() == pytest.approx([0, -1.2, -1.2], abs=0.1)
     lone = normal(500, 1)
     assert metrics.kurtosis(lone[None]).item() == pytest.approx(stats.kurtosis(lone.numpy()).item(), abs=1e-4)
+    still = torch.stack([normal(4000, 2), torch.full((4000, 2), 0.1)])
+    assert metrics.kurtosis(still).isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("latents", [1, 2, 5])

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import trainer as training
 from pipeline.config import Data, Schedule, TrainNoise
 from pipeline.corruption import corrupt
 from pipeline.datasets import build
-from pipeline.executors import _multiplies_bf16
+from pipeline.devices import _multiplies_bf16
 from pipeline.model import StackedAutoencoder
 from pipeline.objective import gaussian_nll, kl_per_latent
 from pipeline.randomness import Stream, uniforms
@@ -202,6 +203,14 @@ def test_dropout_drops_its_share_and_keeps_the_mean_and_leaves_validation_alone(
     assert torch.equal(dropped[:, 0], dropped[:, 1]) and not torch.equal(dropped[:, 0], dropped[:, 2])
     assert len(dropped[:, 0].unique(dim=0)) == 40
     assert torch.equal(trainer._validate(), trainer._validate())
+
+
+def test_parts_of_the_validation_set_have_the_loss_of_the_whole(make_cell, pixels, monkeypatch):
+    cells = [make_cell(train_noise=level, train={"noise": NOISE}) for level in (0.0, 0.3)]
+    trainer = StackTrainer(cells, [pixels], [pixels])
+    whole = trainer._validate()
+    monkeypatch.setattr(training, "VALIDATION_ROWS", 33)
+    torch.testing.assert_close(trainer._validate(), whole)
 
 
 def test_drawn_pixels_are_white_as_often_as_they_are_grey(make_cell, pixels):

@@ -17,6 +17,7 @@ from pipeline.artifacts import (
     Folders,
     Prepared,
     finished_cells,
+    in_order,
     load_prepared,
     read_table,
     trained_stacks,
@@ -25,8 +26,8 @@ from pipeline.artifacts import (
     write_tensors,
 )
 from pipeline.config import ARMS, load_settings, load_study
+from pipeline.devices import find_runtime, keep_freed_memory
 from pipeline.evaluation import COMPONENTS, Measured, Reference, measured, noise_curves, stack_size
-from pipeline.executors import find_runtime, keep_freed_memory
 from pipeline.grid import AXES, Cell
 
 PICTURED = 1000  # test rows in a scatter
@@ -49,7 +50,7 @@ def run(name: str) -> None:
     best = _best(name, manifest[manifest["status"] == "finished"])
     pictured = _pictured(finished, set(best["cell_id"]), data)
     shutil.rmtree(folder, ignore_errors=True)
-    rows: dict[str, Rows] = {"metrics": [], "latents": [], "noise": []}
+    rows: dict[str, Rows] = {"metrics": [], "noise": []}
     references = [Reference(data, index, study.evaluate) for index in range(len(data.points))]
     for trained in trained_stacks(Folders(name), finished, data.features, device, stack_size(data)):
         stack = Measured(trained, references[trained.dataset])
@@ -62,7 +63,7 @@ def run(name: str) -> None:
         "pca": pd.DataFrame(row for each in references for row in _pca(each, study.grid.latent_dim)),
     }
     tables["components"] = pd.DataFrame(row for each in references for row in _components(each))
-    tables |= {table: _in_order(found, finished) for table, found in rows.items()}
+    tables |= {table: in_order(found, finished) for table, found in rows.items()}
     tables["metrics"] = tables["metrics"].merge(manifest[["cell_id", "unconverged"]], how="left")
     tables |= _over_seeds(tables["metrics"], tables["noise"], list(study.data.axes))
     for table, content in tables.items():
@@ -74,17 +75,18 @@ def run(name: str) -> None:
 
 
 def _best(name: str, finished: pd.DataFrame) -> pd.DataFrame:
-    """The best cell on validation of each arm, latent dimension and dataset.
+    """The best cell on validation of each arm, latent dimension, dataset and noise in training.
 
-    Losses of different β do not compare, so cells are ranked by reconstruction plus KL, whatever their β; an arm without a
-    KL by its reconstruction.
+    Losses of different noise do not compare. Nor do those of different β, so cells are ranked by reconstruction plus KL,
+    whatever their β; an arm without a KL by its reconstruction.
     """
     history = read_table(Folders(name).train / "history.csv").rename(columns={"update": "evaluated_update"})
     kept = finished.merge(history, on=["cell_id", "evaluated_update"])
     has_kl = kept["arm"].map(lambda arm: ARMS[arm].penalty == "kl")
     penalty = kept["validation_penalty"].where(has_kl, 0.0)
     kept = kept.assign(score=kept["validation_reconstruction"] + penalty).sort_values(["score", "cell_id"])
-    best = kept.groupby(["arm", "latent_dim", "dataset"]).head(1).sort_values(["arm", "latent_dim", "dataset"])
+    apart = ["arm", "latent_dim", "dataset", "train_noise"]
+    best = kept.groupby(apart).head(1).sort_values(apart)
     return best[["cell_id", "arm", "latent_dim", "dataset", "beta", "l2", "seed", "score"]]
 
 
@@ -99,15 +101,9 @@ def _pictured(finished: Mapping[str, Cell], best: set[str], data: Prepared) -> p
 
 
 def _rows(stack: Measured) -> dict[str, Rows]:
-    """Rows of the tables `metrics`, `latents` and `noise`."""
+    """Rows of the tables `metrics` and `noise`."""
     places = [{"cell_id": key, **cell.row()} for key, cell in zip(stack.keys, stack.cells, strict=True)]
-    found: dict[str, Rows] = {"metrics": _with(places, measured(stack)), "latents": [], "noise": []}
-    for row, (place, cell) in enumerate(zip(places, stack.cells, strict=True)):
-        for latent in range(cell.latent_dim):
-            kl = stack.kl[row, latent].item() if cell.arm.samples else None
-            found["latents"].append(
-                {**place, "latent": latent, "kl": kl, "mean_variance": stack.mean_variance[row, latent].item()}
-            )
+    found: dict[str, Rows] = {"metrics": _with(places, measured(stack)), "noise": []}
     for kind, level, columns in noise_curves(stack):
         found["noise"] += _with([{**place, "noise": kind, "level": level} for place in places], columns)
     return found
@@ -154,14 +150,6 @@ def _pca_knn(reference: Reference, dim: int) -> dict[str, float | None]:
     pca = reference.pca(dim)
     codes = {split: torch.from_numpy(pca.transform(rows.cpu().numpy())).float() for split, rows in reference.x.items()}
     return {"knn_accuracy": reference.knn_accuracy(codes), "raw_knn_accuracy": reference.raw_knn_accuracy}
-
-
-def _in_order(rows: Rows, wanted: Mapping[str, Cell]) -> pd.DataFrame:
-    """Rows as a table, in the order of the study's cells."""
-    if not rows:
-        return pd.DataFrame(columns=["cell_id"])
-    rank = {key: position for position, key in enumerate(wanted)}
-    return pd.DataFrame(sorted(rows, key=lambda row: rank[row["cell_id"]]))
 
 
 def _over_seeds(measured: pd.DataFrame, noise: pd.DataFrame, data_axes: list[str]) -> dict[str, pd.DataFrame]:
