@@ -91,6 +91,7 @@ class SearchResults:
     trials: pd.DataFrame
     rungs: pd.DataFrame
     importances: pd.DataFrame
+    finalists: pd.DataFrame
     winner: pd.DataFrame
 
     @property
@@ -111,24 +112,18 @@ def load_study(name: str, reports: Path) -> StudyResults:
         study=config.load_study(name),
         describe=artifacts.read_json(folders.prepared / "describe.json"),
         about=artifacts.read_json(folders.train / "about.json"),
-        **{key: _without_false_kl(artifacts.read_table(path)) for key, path in paths.items()},
+        **{key: artifacts.read_table(path) for key, path in paths.items()},
     )
 
 
-def _without_false_kl(table: pd.DataFrame) -> pd.DataFrame:
-    """A deterministic arm's untrained variances give a number that is no KL: it is left out."""
-    if table.empty or "arm" not in table:
-        return table
-    deterministic = ~table["arm"].map(lambda arm: config.ARMS[arm].samples).astype(bool)
-    if "criterion" in table:
-        return table[~deterministic | (table["criterion"] != "kl")]
-    of_kl = [column for column in ("kl", "elbow_kl", "test/kl") if column in table]
-    return table.assign(**{column: table[column].astype(float).mask(deterministic) for column in of_kl})
+def reconstructing(table: pd.DataFrame) -> pd.DataFrame:
+    """Without arms that are not trained to reconstruct, beside whose errors all others would look alike."""
+    return table[table["arm"].map(lambda arm: config.ARMS[arm].reconstruction_weight > 0).astype(bool)] if len(table) else table
 
 
 def load_search(name: str, search: searches.Search, reports: Path) -> SearchResults:
     """Reads a search's tables. Raises ArtifactError where one is missing."""
     folder = artifacts.Folders(name).search
-    tables = {table: artifacts.read_table(folder / f"{table}.csv") for table in ("trials", "rungs", "importances", "winner")}
-    about = artifacts.read_json(folder / "about.json")
-    return SearchResults(name, Gallery(reports, name), search, about, **tables)
+    tables = ("trials", "rungs", "importances", "finalists", "winner")
+    read = {table: artifacts.read_table(folder / f"{table}.csv") for table in tables}
+    return SearchResults(name, Gallery(reports, name), search, artifacts.read_json(folder / "about.json"), **read)

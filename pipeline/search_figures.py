@@ -1,4 +1,4 @@
-"""Every plot of a search: tables of `trials.Trials` in, Figure out. Axes carry the names of the search's objectives."""
+"""Every plot of a search: its tables in, Figure out. Axes carry the names of the search's objectives."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -34,7 +35,7 @@ def section(results: SearchResults) -> str:
         _gain(results),
         *(shown[kind] for kind in ALWAYS_SHOWN if kind in shown),
         _front_table(results) if len(results.search.objectives) == 2 else "",
-        md.folded("Rungs and slices", md.join(*folded)) if folded else "",
+        md.folded("Finalists, rungs and slices", md.join(_finalists(results), *folded)),
     )
 
 
@@ -95,24 +96,27 @@ def _came_of_it(results: SearchResults) -> str:
     counts += f", {states['failed']} failed" if states.get("failed") else ""
     begun = f"; {states['grid']} cells of the grid began it" if states.get("grid") else ""
     spent = about["updates_spent"] / about["updates"]
-    cost = f"They cost as much as {intervals.plain(spent)} trainings to the end, where {len(results.own)} trials were drawn"
+    finals = int((results.finalists["side"] == "search").sum())
+    cost = (
+        f"{len(results.own)} trials cost as much as {intervals.plain(spent)} trainings to the end, the finalists {finals} more"
+    )
     of_grid = intervals.plain(about["grid_updates"] / about["updates"])
     grid = f"; the {about['grid_cells']} cells of `{results.search.study}` cost {of_grid}" if about["grid_cells"] else ""
-    return f"*Outcome:* {counts}{begun}. {cost}{grid}. The winner's training on other seeds is not counted."
+    return f"*Outcome:* {counts}{begun}. {cost}{grid}. What was trained for the test alone is not counted."
 
 
 def _gain(results: SearchResults) -> str:
     """Winner against the grid's best setting: the measure that chose them first, paired by seed."""
     search, sides = results.search, results.winner
-    winner = sides[sides["side"] == "winner"]
+    winner = sides[sides["side"] == "search"]
     chosen = results.trials[results.trials["best"].astype(bool)]
-    named = f"The winner is {_setting(chosen)}, chosen by the {_objective(search.chooses)} on validation data"
+    named = f"The winner is {_setting(chosen)}, {_chosen(results, 'search', 'trials')}"
     if winner.empty:
-        return f"{named}. On seeds {md.values(search.winner.seeds)} it diverged, so nothing is known of it on the test set."
+        lost = f"On seeds {md.values(search.winner.test_seeds)} it diverged"
+        return f"{named}. {lost}, so nothing is known of it on the test set."
     if "grid" not in set(sides["side"]):
         rows = [
-            [_on_test(goal), intervals.with_half_width(intervals.seed_interval(winner[goal.on_test]))]
-            for goal in _goals(search)
+            [_label(goal), intervals.with_half_width(intervals.seed_interval(winner[goal.on_test]))] for goal in _goals(search)
         ]
         other = "no setting of the grid was measured on these seeds" if results.about["grid_cells"] else "there is no grid"
         return md.join(f"{named}; {other} to compare it with.", md.table(["test set", "winner"], rows))
@@ -123,24 +127,48 @@ def _gain(results: SearchResults) -> str:
     same = "" if set(winner["updates"]) == set(grid["updates"]) else " Their budgets differ."
     rows = [
         [
-            _on_test(goal),
+            _label(goal),
             *(intervals.with_half_width(intervals.seed_interval(side[goal.on_test])) for side in (winner, grid)),
             intervals.with_bounds(_paired(sides, goal)),
         ]
         for goal in _goals(search)
     ]
     return md.join(
-        f"{named}; so is the grid's best, {_setting(grid)} (by its mean over the grid's other seeds, if it has any). "
+        f"{named}. The grid's best is {_setting(grid)}, {_chosen(results, 'grid', 'settings')}. "
         f"{verdict}: {intervals.with_bounds(difference)} in {search.chooses.label}.{same}",
         md.table(["test set, with 95% intervals over seeds", "winner", "grid's best", "difference"], rows),
     )
+
+
+def _finalists(results: SearchResults) -> str:
+    """The finalists of both sides, the best in the mean first, those without a value on some seed last."""
+    goal, ranked = results.search.chooses, []
+    for (side, _), cells in results.finalists.groupby(["side", "place"]):
+        score = intervals.seed_interval(cells["score"])
+        lost = len(cells) - score.seeds
+        said = f"no value on {lost} of {len(cells)} seeds" if lost else intervals.with_half_width(score)
+        rank = math.inf if lost else -score.mean if goal.maximised else score.mean
+        ranked.append((rank, [side, _setting(cells), said]))
+    rows = [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
+    seeds = md.values(results.search.winner.validation_seeds)
+    return md.table(["of", "finalist", f"{_label(goal)} on validation data, seeds {seeds}"], rows)
+
+
+def _chosen(results: SearchResults, side: str, kind: str) -> str:
+    """How the best of a side was chosen."""
+    scores = results.finalists[results.finalists["side"] == side].pivot(index="place", columns="seed", values="score")
+    highest = f"the {_objective(results.search.chooses)} on validation data"
+    if len(scores) > 1 and not scores.dropna().empty:
+        seeds = md.values(results.search.winner.validation_seeds)
+        return f"of the {len(scores)} best {kind} the one with {highest}, in the mean over seeds {seeds}"
+    return f"with {highest}"
 
 
 def _goals(search: Search) -> list[Goal]:
     return list(dict.fromkeys([search.chooses, *search.objectives]))
 
 
-def _on_test(goal: Goal) -> str:
+def _label(goal: Goal) -> str:
     return md.escape(goal.label)
 
 
@@ -149,7 +177,7 @@ def _paired(sides: pd.DataFrame, goal: Goal) -> intervals.Interval | None:
     if sides.empty:
         return None
     by_seed = {side: rows.set_index("seed")[goal.on_test] for side, rows in sides.groupby("side")}
-    return intervals.paired_difference(by_seed["winner"], by_seed["grid"]) if {"winner", "grid"} <= set(by_seed) else None
+    return intervals.paired_difference(by_seed["search"], by_seed["grid"]) if {"search", "grid"} <= set(by_seed) else None
 
 
 def _verdict(difference: intervals.Interval, goal: Goal) -> str:
@@ -163,6 +191,8 @@ def _setting(rows: pd.DataFrame) -> str:
     others["learning_rate"] = f"learning rate {intervals.plain(first['learning_rate'])}"
     if "sigma2" in first and pd.notna(first["sigma2"]):
         others["sigma2"] = f"σ² = {md.value(first['sigma2'])}"
+    unusual = [axis for axis in ("anneal", "train_noise") if first.get(axis, 0) > 0]
+    others |= {axis: f"{md.words(axis)} {md.value(first[axis])}" for axis in unusual}
     beta = first["beta"] if pd.isna(first["beta"]) else float(f"{first['beta']:.3g}")
     return ", ".join([drawing.arm_label(first["arm"], beta), *others.values()])
 
@@ -175,7 +205,7 @@ def _front_table(results: SearchResults) -> str:
         [row["state"], *(_cell(row[name]) for name in varied), *(intervals.plain(row[goal.name]) for goal in search.objectives)]
         for _, row in edge.iloc[::step].iterrows()
     ]
-    header: Sequence[str] = ["of", *map(md.words, varied), *(_on_test(goal) for goal in search.objectives)]
+    header: Sequence[str] = ["of", *map(md.words, varied), *(_label(goal) for goal in search.objectives)]
     every = "" if step == 1 else f" (one in {step} of its {len(edge)} trials)"
     return md.join(
         f"The front{every}:", md.table(header, [["grid" if row[0] == "grid" else "search", *row[1:]] for row in rows])

@@ -20,11 +20,11 @@ from pipeline.config import (
     Direction,
     Evaluate,
     Grid,
+    Level,
     Model,
     Name,
     Noise,
     NoiseName,
-    NonNegative,
     Scalar,
     Seed,
     Settings,
@@ -33,6 +33,7 @@ from pipeline.config import (
     Train,
     axis,
     config_path,
+    exact,
     load_strict,
     load_study,
     nearest,
@@ -87,7 +88,7 @@ class Axis(Strict):
 
     def index(self, value: Scalar) -> int:
         """The place of a value of the list, which a table may have made a text."""
-        return list(map(_as_text, self.values)).index(_as_text(value))
+        return list(map(exact, self.values)).index(exact(value))
 
 
 class Space(Strict):
@@ -123,13 +124,6 @@ class Space(Strict):
         return {name: item for name, item in self if isinstance(item, Axis) and not item.fixed}
 
 
-def _as_text(value: Scalar) -> str:
-    try:
-        return f"{float(value):g}"
-    except ValueError:
-        return str(value)
-
-
 def _whole(value: Scalar) -> Scalar:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -141,7 +135,7 @@ class Goal(Strict):
     direction: Direction | None = None
     target: float | None = Field(None, description="the wanted value, as a KL budget: the distance from it is minimised")
     noise: NoiseName | None = Field(None, description="corruption under which a measure of group `noise` is taken")
-    level: NonNegative | None = None
+    level: Level | None = None
 
     @model_validator(mode="after")
     def _known_and_complete(self) -> Goal:
@@ -220,10 +214,15 @@ class Pruner(Strict):
 
 
 class Winner(Strict):
-    """How the best trial is chosen, and on which seeds it then meets the grid's best setting, on the test set."""
+    """How the best setting is chosen, and on which seeds it then meets the grid's best, on the test set.
+
+    A trial is one seed, and the best of many is a lucky one: so the best few are compared on further seeds.
+    """
 
     goal: Goal | None = Field(None, description="what chooses among finished trials; the objective, where there is one")
-    seeds: axis(Seed) = Field((1, 2, 3, 4, 5), description="do not hold the search's own, by which the winner was chosen")
+    finalists: Count = Field(4, description="of the trials, and of the grid's settings, how many of the best are compared")
+    validation_seeds: axis(Seed) = Field((6, 7, 8), description="of the finalists; the best mean on validation data wins")
+    test_seeds: axis(Seed) = Field((1, 2, 3, 4, 5), description="on which the winner and the grid's best are compared")
 
 
 class Search(Strict):
@@ -265,9 +264,12 @@ class Search(Strict):
         if len(self.goal_names) > len(set(self.goal_names)):
             raise ValueError(f"objectives: no objective may stand twice, but got {self.goal_names}")
         if len(self.objectives) == 2 and self.winner.goal is None:
-            raise ValueError("winner.goal: with two objectives it must say what chooses among the trials of the front")
-        if self.seed in self.winner.seeds:
-            raise ValueError(f"winner.seeds: must be others than `seed`, by which the winner is chosen, but hold {self.seed}")
+            raise ValueError("winner.goal: with two objectives it must say what chooses among finished trials")
+        seeds = (self.seed, *self.winner.validation_seeds, *self.winner.test_seeds)
+        if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
+            raise ValueError(
+                f"winner: `validation_seeds` and `test_seeds` must be others than `seed` and each other, but share {twice[0]}"
+            )
         if list(self.rungs) != sorted(set(self.rungs)):
             raise ValueError(f"rungs must rise, but got {list(self.rungs)}")
         if bool(self.rungs) != bool(self.halving or self.pruner):

@@ -211,16 +211,15 @@ class Trials:
         states = (counts[state] for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING"))
         return Standing(self.search.trials, *states, best, len(front))
 
-    def winner(self) -> Cell:
-        """The cell of the own finished trial that `chooses` prefers. Raises SearchError where none has finished."""
-        return self.cell(self._best().params)
-
-    def _best(self) -> optuna.trial.FrozenTrial:
+    def finalists(self) -> list[Cell]:
+        """The best finished trials' cells by what chooses the winner, best first, each once. Raises SearchError without any."""
         complete = self.own("COMPLETE")
         if not complete:
             raise SearchError(f"{self.study.study_name}: no trial was finished with values, so there is no winner")
-        sign = 1 if self.search.chooses.maximised else -1
-        return max(complete, key=lambda trial: (sign * trial.user_attrs["outcome"]["score"], -_ordinal(trial)))
+        sign, cells = -1 if self.search.chooses.maximised else 1, {}
+        for trial in sorted(complete, key=lambda trial: (sign * trial.user_attrs["outcome"]["score"], _ordinal(trial))):
+            cells.setdefault(trial.user_attrs["cell_id"], self.cell(trial.params))
+        return list(cells.values())[: self.search.winner.finalists]
 
     def table(self) -> pd.DataFrame:
         """One row a trial in the order in which they were drawn, after the grid's cells: settings, values, outcome."""
@@ -231,7 +230,7 @@ class Trials:
         for trial in ended:
             place = {"trial": _ordinal(trial), "batch": batches.index(trial.user_attrs["batch"])}
             rows.append({**self._row(trial, front), "state": STATES[trial.state.name], **place, **trial.user_attrs["outcome"]})
-        return pd.DataFrame(rows).assign(best=lambda table: table["trial"] == _ordinal(self._best()))
+        return pd.DataFrame(rows)
 
     def _row(self, trial: optuna.trial.FrozenTrial, front: set[int]) -> dict[str, Any]:
         row = self.cell(trial.params).row()

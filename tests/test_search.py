@@ -19,7 +19,8 @@ from tiny import HALVED, SEARCH, STUDY, drive, write
 from pipeline import search_figures
 from pipeline.artifacts import CellStore, Folders, load_prepared, read_json, read_table
 from pipeline.config import Settings, load_study
-from pipeline.executors import Inline, Interrupted, Workers, find_runtime, plan_stacks
+from pipeline.devices import find_runtime
+from pipeline.executors import Inline, Interrupted, Workers, plan_stacks
 from pipeline.grid import cells, identify
 from pipeline.searches import load_search
 from pipeline.stages import search, train
@@ -112,7 +113,7 @@ def test_a_search_whose_trials_were_deleted_ends_with_the_same_ones_and_trains_n
 def test_a_search_finds_the_grid_where_dvc_restored_it_and_the_store_is_empty(workspace):
     shutil.rmtree(workspace / ".vaesweep")
     assert len(own(searched(), "grid")) == 1
-    assert set(read_table(Folders("hunt").search / "winner.csv")["side"]) == {"winner", "grid"}
+    assert set(read_table(Folders("hunt").search / "winner.csv")["side"]) == {"search", "grid"}
 
 
 @pytest.mark.parametrize(
@@ -207,14 +208,61 @@ def test_the_grids_best_is_chosen_on_seeds_on_which_it_is_not_compared(workspace
     settings = Settings(studies=("tiny",), device="cpu")
     with open_storage("sqlite:///optuna.db") as storage:
         hunt = search.Hunt("hunt", hunted, study, data, settings, CellStore(), storage, lambda: None)
-        assert hunted.winner.seeds == (1, 2) and {cell.seed for cell in hunt.grid.values()} == {0, 1}
-        score = {(2, 0): 1.0, (3, 0): 2.0, (2, 1): 9.0, (3, 1): 3.0}  # by latents and seed
-        hunt._grid_values = {
+        assert hunted.winner.test_seeds == (1, 2) and {cell.seed for cell in hunt.grid.values()} == {0, 1}
+        score = {(2, 0): 1.5, (3, 0): 2.0, (2, 1): 9.0, (3, 1): 3.0}  # by latents and seed
+        hunt.grid_values = {
             key: [0.0] * hunt.chooses + [score[cell.latent_dim, cell.seed] - (cell.arm_name == "ae")]
             for key, cell in hunt.grid.items()
         }
-        rival = hunt._rival()
-    assert (rival.arm_name, rival.latent_dim) == ("vae", 3)
+        best = hunt.final._best_of_grid()
+    assert [(cell.arm_name, cell.latent_dim) for cell in best] == [("vae", 3), ("vae", 2)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("lost", [0, 1, 3])
+def test_of_the_finalists_the_best_on_other_seeds_wins_that_has_a_value_on_each(workspace, monkeypatch, sign, lost):
+    measured = search.Hunt.values
+
+    def worth(setting):
+        return sign * (setting.beta + setting.latent_dim)
+
+    def on_seed_3(hunt, wanted):
+        """A setting is worth this; but those of the search that are worth most, so many as are lost, have no value."""
+        found = {key: worth(cell) for key, cell in wanted.items() if cell.seed == 3}
+        nothing = sorted(map(worth, hunt.final.finalists["search"]), reverse=True)[:lost] if found else []
+        return measured(hunt, wanted) | {key: [None if value in nothing else value] for key, value in found.items()}
+
+    monkeypatch.setattr(search.Hunt, "values", on_seed_3)
+    write(HALVED.replace("finalists: 2", "finalists: 3"), "hunt")
+    trials = searched()
+    finalists = own(trials).nlargest(3, "score")
+    ranked = finalists.assign(worth=worth(finalists)).sort_values("worth", ascending=False)
+    assert ranked["final"][lost:].tolist() == pytest.approx(ranked["worth"][lost:].tolist())
+    assert trials["final"].count() == 3 - lost
+    assert trials.index[trials["best"]].tolist() == [ranked.index[lost] if lost < 3 else finalists.index[0]]
+    compared = read_table(Folders("hunt").search / "winner.csv").groupby("side")["latent_dim"].unique()
+    assert compared["search"].tolist() == [trials.loc[trials["best"], "latent_dim"].item()]
+    assert compared["grid"].tolist() == [3 if sign > 0 else 2]
+
+
+def test_a_search_that_was_interrupted_among_its_finalists_ends_as_another_does(workspace):
+    def tables():
+        return {path.name: path.read_bytes() for path in Folders("hunt").search.glob("*.csv")}
+
+    def told(steps):
+        return {step.doing for step in steps}
+
+    write(HALVED, "hunt")
+    searched()
+    whole, seen = tables(), []
+    shutil.rmtree(workspace / ".vaesweep")
+    (workspace / "optuna.db").unlink()
+    train.run("tiny", drive)
+    for doing in ("finalists on other seeds", "winner and grid on other seeds"):
+        with pytest.raises(Interrupted):
+            search.run("hunt", lambda name, steps: seen.extend(steps), lambda doing=doing: 15 if doing in told(seen) else None)
+    searched()
+    assert tables() == whole
 
 
 def test_what_the_grid_has_trained_begins_the_search_and_is_not_trained_again(workspace):
@@ -224,20 +272,20 @@ def test_what_the_grid_has_trained_begins_the_search_and_is_not_trained_again(wo
     before = written()
     trials = searched()
     assert len(before) == 8 and before.items() <= written().items()
-    grid = identify(
-        cells(load_study("tiny")), load_prepared(Folders("tiny").prepared).hashes, find_runtime(Settings(studies=("tiny",)))
-    )
+    hashes, runtime = load_prepared(Folders("tiny").prepared).hashes, find_runtime(Settings(studies=("tiny",)))
+    grid = identify(cells(load_study("tiny")), hashes, runtime)
     inside = {key for key, cell in grid.items() if cell.arm_name == "vae" and cell.seed == 0}
     assert set(own(trials, "grid")["cell_id"]) == inside and len(inside) == 2
     assert len(own(trials)) == 4 and inside < set(own(trials)["cell_id"])  # the two others were trained
-    of_winner = set(read_table(Folders("hunt").search / "winner.csv")["cell_id"])
-    assert set(CellStore()) - set(before) <= (set(trials["cell_id"]) - inside) | of_winner
+    others = {key for name in ("finalists", "winner") for key in read_table(Folders("hunt").search / f"{name}.csv")["cell_id"]}
+    assert set(CellStore()) - set(before) <= (set(trials["cell_id"]) - inside) | others
     about = read_json(Folders("hunt").search / "about.json")
     assert (about["updates_spent"], about["grid_cells"], about["grid_updates"]) == (2 * 30, 8, 8 * 30)
     before = written()
     write(STUDY.replace("[1]}", "[1, 3]}"))  # and what the search has trained is not trained again by the grid
+    new = identify(cells(load_study("tiny")), hashes, runtime).keys() - grid.keys()
     train.run("tiny", drive)
-    assert set(drive.cells) == {2}  # of four new cells, those of seed 1
+    assert set(drive.cells) == {len(new - before.keys())} and 0 < len(new - before.keys()) <= len(new) - 2
     assert before.items() <= written().items()
 
 

@@ -67,7 +67,7 @@ MISTAKES = [
     (", direction: up", "", "'validation/elbo' needs either `direction` (up or down) or `target`"),
     ("direction: up", "direction: up, target: 3", "'validation/elbo' needs either `direction` (up or down) or `target`"),
     ("validation/elbo", "noise/mse_clean", "metrics of group 'noise', and they alone, need `noise` and `level`"),
-    (ELBO, TWO, "winner.goal: with two objectives it must say what chooses among the trials of the front"),
+    (ELBO, TWO, "winner.goal: with two objectives it must say what chooses among finished trials"),
     (ELBO, f"{ELBO}\n{ELBO}", "objectives: no objective may stand twice"),
     (HALVED, "rungs: [0.5, 0.25]\nhalving: 2\n", "rungs must rise, but got [0.5, 0.25]"),
     (HALVED, "rungs: [0.5]\n", "rungs are where `halving` or `pruner` let trials leave: neither stands without the other"),
@@ -80,7 +80,7 @@ MISTAKES = [
     (
         "trials: 12",
         "trials: 12\nseed: 3",
-        "winner.seeds: must be others than `seed`",
+        "winner: `validation_seeds` and `test_seeds` must be others than `seed` and each other, but share 3",
     ),
     ("trials: 12", "trials: 0", "trials: Input should be greater than 0, but got 0"),
     ("study: study", "study: studdy", "there is no"),

@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -157,8 +158,25 @@ def test_a_thread_that_fails_leaves_everything_to_the_end(tracker, monkeypatch):
     assert tracker.written == Counter(["parent", *cells])
 
 
-def test_evaluate_measures_every_cell(workspace):
-    evaluate.run("tiny")
+@pytest.fixture(scope="module")
+def evaluated_once(trained, tmp_path_factory):
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(tracking, "MlflowTracker", tracking.MemoryTracker)
+        for stage in (evaluate, prune):
+            stage.run("tiny")
+    return folder
+
+
+@pytest.fixture
+def evaluated(evaluated_once, monkeypatch):
+    """Where the tiny study is evaluated and pruned, for tests that only read."""
+    monkeypatch.chdir(evaluated_once)
+    return evaluated_once
+
+
+def test_evaluate_measures_every_cell(evaluated):
     folder = Folders("tiny").evaluate
     metrics, noise = read_table(folder / "metrics.csv"), read_table(folder / "noise.csv")
     assert len(metrics) == 8 and len(noise) == 8 * 2
@@ -169,8 +187,6 @@ def test_evaluate_measures_every_cell(workspace):
     assert metrics["test/iw_bound"].isna().all()  # a grey pixel's cross-entropy is no likelihood
     clean_noise = noise[noise["level"] == 0].set_index("cell_id")["mse_clean"]
     pd.testing.assert_series_equal(clean_noise, metrics.set_index("cell_id")["test/mse"], check_names=False)
-    latents = read_table(folder / "latents.csv").groupby("cell_id")["kl"].sum()[metrics.loc[vae, "cell_id"]]
-    assert latents.tolist() == pytest.approx(metrics.loc[vae, "test/kl"].tolist(), rel=1e-5)
 
 
 def test_the_importance_weighted_bound_lies_above_the_elbo(workspace):
@@ -183,14 +199,13 @@ def test_the_importance_weighted_bound_lies_above_the_elbo(workspace):
     assert (gap[vae] > 0).all() and (gap[vae] < 10).all() and gap[~vae].isna().all()
 
 
-def test_evaluate_agrees_with_the_plain_module(workspace):
+def test_evaluate_agrees_with_the_plain_module(evaluated):
     import torch
 
     from pipeline.artifacts import load_prepared
     from pipeline.config import load_study
     from pipeline.model import Autoencoder
 
-    evaluate.run("tiny")
     metrics = read_table(Folders("tiny").evaluate / "metrics.csv")
     x = load_prepared(Folders("tiny").prepared).x["test"][0]
     for row in metrics.to_dict("records"):
@@ -204,8 +219,7 @@ def test_evaluate_agrees_with_the_plain_module(workspace):
             assert row["test/reconstruction"] == pytest.approx(bce, rel=1e-5)
 
 
-def test_evaluate_pairs_each_vae_with_the_plain_ae_of_its_seed(workspace):
-    evaluate.run("tiny")
+def test_evaluate_pairs_each_vae_with_the_plain_ae_of_its_seed(evaluated):
     folder = Folders("tiny").evaluate
     table, paired = read_table(folder / "metrics.csv"), read_table(folder / "paired.csv")
     by_seed = table.pivot(index=["latent_dim", "seed"], columns="arm", values="test/mse")
@@ -215,8 +229,7 @@ def test_evaluate_pairs_each_vae_with_the_plain_ae_of_its_seed(workspace):
     assert set(paired["seeds"]) == {2}
 
 
-def test_best_cells_get_pictures_and_every_settings_first_seed_codes(workspace):
-    evaluate.run("tiny")
+def test_best_cells_get_pictures_and_every_settings_first_seed_codes(evaluated):
     folder = Folders("tiny").evaluate
     best, pictured = read_table(folder / "best.csv"), read_table(folder / "pictured.csv")
     assert len(best) == 4
@@ -233,8 +246,7 @@ def test_best_cells_get_pictures_and_every_settings_first_seed_codes(workspace):
         )
 
 
-def test_principal_components_leave_less_and_less_error(workspace):
-    evaluate.run("tiny")
+def test_principal_components_leave_less_and_less_error(evaluated):
     folder = Folders("tiny").evaluate
     components, pca = read_table(folder / "components.csv"), read_table(folder / "pca.csv")
     assert components["components"].tolist() == list(range(1, 33)) and (components["mse"].diff().dropna() < 0).all()
@@ -242,11 +254,12 @@ def test_principal_components_leave_less_and_less_error(workspace):
     assert components.set_index("components")["mse"][[2, 3]].tolist() == pytest.approx(clean[[2, 3]].tolist(), rel=1e-5)
 
 
-def test_prune_ablates_from_nothing_to_everything(workspace):
-    prune.run("tiny")
+def test_prune_ablates_from_nothing_to_everything(evaluated):
     ablation, summary = (read_table(Folders("tiny").prune / f"{table}.csv") for table in ("ablation", "summary"))
-    evaluate.run("tiny")
-    mse = read_table(Folders("tiny").evaluate / "metrics.csv").set_index("cell_id")["test/mse"]
+    metrics = read_table(Folders("tiny").evaluate / "metrics.csv").set_index("cell_id")
+    mse, columns = metrics["test/mse"], read_table(Folders("tiny").prune / "columns.csv")
+    of_latents = columns.groupby("cell_id")["kl"].agg(lambda column: column.sum(skipna=False))
+    pd.testing.assert_series_equal(of_latents[metrics.index], metrics["test/kl"], check_names=False, rtol=1e-5)
     for (cell_id, _), curve in ablation.groupby(["cell_id", "criterion"]):
         assert curve["zeroed"].tolist() == list(range(curve["latent_dim"].iloc[0] + 1))
         assert curve["mse"].iloc[0] == pytest.approx(mse[cell_id], rel=1e-5)
@@ -265,16 +278,28 @@ def test_clean_removes_what_no_listed_study_uses(workspace):
     search.run("hunt", drive)
     shutil.rmtree(Folders("tiny").train)  # as DVC does before it trains
     assert (
-        clean.run(dry_run=True)[0] == 4 and len(list(CellStore())) == 12 + 5 + 2 + 1
-    )  # study, trials, winner and grid's best on other seeds
+        clean.run(dry_run=True)[0] == 4 and len(list(CellStore())) == 12 + 5 + 2 + 2 + 2 + 1
+    )  # study, trials, finalists of both sides, winner and grid's best on other seeds
     cells, size = clean.run()
     assert cells == 4 and size > 1000
     train.run("tiny", drive)
     tables = [
         Folders("tiny").train / "manifest.csv",
-        *(Folders("hunt").search / f"{name}.csv" for name in ("trials", "winner")),
+        *(Folders("hunt").search / f"{name}.csv" for name in ("trials", "finalists", "winner")),
     ]
     assert set(CellStore()) == {key for table in tables for key in read_table(table)["cell_id"]}
+
+
+def test_clean_keeps_what_another_scale_has_trained(workspace):
+    search.run("hunt", drive)
+    write(STUDY.replace("[1]}", "[4]}"), "other")
+    prepare.run("other")
+    train.run("other", drive)
+    settings = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(settings + "scales: {more: {studies: [other, never], searches: {neither: other}}}\n")
+    assert clean.run() == (0, 0)
+    Path("params.yaml").write_text(settings)
+    assert clean.run()[0] == 4  # its VAEs: the plain AEs are those of the other study too
 
 
 def test_plan_counts_cells_and_estimates_time_without_writing(workspace):

@@ -26,7 +26,7 @@ space:
 objectives:
   - {metric: validation/reconstruction, direction: down}
   - {metric: validation/kl, direction: down}
-winner: {goal: {metric: validation/bce_elbo, direction: up}, seeds: [1, 2]}
+winner: {goal: {metric: validation/bce_elbo, direction: up}, finalists: 2, validation_seeds: [3], test_seeds: [1, 2]}
 trials: 5
 batch: 2
 """
@@ -38,7 +38,7 @@ space:
   beta: {low: 0.1, high: 10}
   latent_dim: {low: 2, high: 4}
 objectives: [{metric: validation/bce_elbo, direction: up}]
-winner: {seeds: [1, 2]}
+winner: {finalists: 2, validation_seeds: [3], test_seeds: [1, 2]}
 sampler: {kind: random, seed: 0}
 trials: 12
 batch: 6

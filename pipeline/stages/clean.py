@@ -1,4 +1,4 @@
-"""`clean`: removes cells that no listed study or search uses any more, and the checkpoints of such cells."""
+"""`clean`: removes cells that no study or search of any scale uses any more, and the checkpoints of such cells."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pipeline.artifacts import CellStore, Folders, load_prepared, read_table
 from pipeline.config import load_settings, load_study
-from pipeline.executors import find_runtime
+from pipeline.devices import find_runtime
 from pipeline.grid import cells, identify
 
 
@@ -31,12 +31,17 @@ def run(dry_run: bool = False) -> tuple[int, int]:
 
 
 def _used() -> Iterator[str]:
-    """Ids of every cell that a listed study wants, trained or not, of every trial of a listed search, and of its winner."""
+    """Ids of every cell that a study of any scale wants, trained or not, of every trial of a search, and of what it compared.
+
+    Of another scale than the one that runs, studies and searches that have not run have none.
+    """
     settings = load_settings()
     runtime = find_runtime(settings)
-    for name in settings.studies:
-        study = load_study(name)
-        yield from identify(cells(study), load_prepared(Folders(name).prepared, study.data).hashes, runtime)
-    for name in settings.every_search:
-        for table in ("trials", "winner"):
-            yield from read_table(Folders(name).search / f"{table}.csv")["cell_id"]
+    for name in settings.known_studies:
+        if name in settings.studies or Folders(name).prepared.exists():
+            study = load_study(name)
+            yield from identify(cells(study), load_prepared(Folders(name).prepared, study.data).hashes, runtime)
+    for name in settings.known_searches:
+        if name in settings.every_search or Folders(name).search.exists():
+            for table in ("trials", "finalists", "winner"):
+                yield from read_table(Folders(name).search / f"{table}.csv")["cell_id"]

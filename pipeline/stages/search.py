@@ -27,8 +27,9 @@ from pipeline.artifacts import (
     write_table,
 )
 from pipeline.config import CONFIG_FOLDER, Settings, Study, load_settings
+from pipeline.devices import find_runtime, keep_freed_memory
 from pipeline.evaluation import stack_size
-from pipeline.executors import Interrupted, find_runtime, keep_freed_memory, local_executor
+from pipeline.executors import Interrupted, local_executor
 from pipeline.goals import Judge, Values
 from pipeline.grid import ENGINE_VERSION, Cell, identify
 from pipeline.searches import Search, load_listed, load_search
@@ -37,7 +38,7 @@ from pipeline.trainer import RECORDED, records, unconverged
 from pipeline.trials import GRID, SETTINGS, Batch, Standing, Trials
 
 WAITED = 0.5  # seconds between looks at what other searchers do
-WINNER = "winner"
+SEARCH = "search"  # beside GRID, the side of a comparison
 
 Stop = Callable[[], int | None]
 
@@ -113,9 +114,25 @@ class Hunt:
                 raise SearchError(f"{where}: {key}: arm '{arm}' on '{data}' has no {lacking[0].metric}")
 
     def steps(self) -> Iterator[Step]:
-        """The whole search: its trials, and then what came of them."""
-        yield from self.find()
-        yield from self.compare()
+        """The whole search: its trials, and then the final."""
+        part = self._part_of_trials()
+        for step in self.find():
+            yield step._replace(share=part * step.share)
+        for step in self.final.steps():
+            yield step._replace(share=part + (1 - part) * step.share)
+
+    @cached_property
+    def final(self) -> Final:
+        """What comes after the trials."""
+        return Final(self)
+
+    def _part_of_trials(self) -> float:
+        """The share of all updates that trials take, if nothing is trained yet and no trial leaves for another reason."""
+        search, rungs = self.search, [*self.trials.rungs, self.train.updates]
+        trials = sum(halving.costs(search.batch, search.halving or 1, rungs)) / search.batch * search.trials
+        sides, winner = 1 + bool(self.grid), search.winner
+        later = sides * (winner.finalists * len(winner.validation_seeds) + len(winner.test_seeds))
+        return trials / (trials + later * self.train.updates)
 
     def find(self) -> Iterator[Step]:
         """Trains until the target count is finished."""
@@ -126,30 +143,12 @@ class Hunt:
                 yield from self._train(batch)
             elif (standing := self.trials.standing()).running:
                 yield Step(standing, "waiting for other searchers", standing.ended / standing.target)
-                self._wait()
+                self.wait()
             elif self.trials.exhausted:
                 break
 
-    def compare(self) -> Iterator[Step]:
-        """Trains the winner and the grid's best setting on the winner's seeds."""
-        self.winner, self.rival = self.trials.winner(), self._rival()
-        compared = self.seeds(self.winner) | self.seeds(self.rival) | self.identified([self.winner])
-        standing = self.trials.standing()
-        with contextlib.ExitStack() as held:
-            while not self._are_ours(held):  # of several searchers, the first trains them
-                yield Step(standing, "waiting for another searcher", 1.0)
-                self._wait()
-            for _ in self.executor.run(compared, self.data):
-                yield Step(standing, "winner and grid on other seeds", 1.0)
-
-    def _are_ours(self, held: contextlib.ExitStack) -> bool:
-        try:
-            held.enter_context(self.store.results_lock(self.name, wait=False))
-        except HeldError:
-            return False
-        return True
-
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """A moment, for others. Raises Interrupted."""
         time.sleep(WAITED)
         if number := self.stop():
             raise Interrupted(number)
@@ -158,31 +157,13 @@ class Hunt:
 
     def _begin_with_the_grid(self) -> None:
         params = self.trials.inside(self.grid)
-        self.trials.add_from_grid(self.search.study or "", params, self._objectives(self._grid_values))
+        self.trials.add_from_grid(self.search.study or "", params, self._objectives(self.grid_values))
 
     @cached_property
-    def _grid_values(self) -> Values:
+    def grid_values(self) -> Values:
+        """All goals of the grid's cells, on validation data."""
         device, size = self.runtime.device, stack_size(self.on_device)
         return self.judge.values(trained_stacks(self.folders, self.grid, self.data.features, device, size))
-
-    def _rival(self) -> Cell | None:
-        """The grid's best setting, by its mean of what chooses the winner, on validation data.
-
-        Over seeds on which it is not compared, as the winner is chosen; over all where it has no others.
-        """
-        scores = {key: values[self.chooses] for key, values in self._grid_values.items()}
-        rows = [{"key": key, "score": score, "setting": str(replace(self.grid[key], seed=0))} for key, score in scores.items()]
-        table = pd.DataFrame(rows, columns=["key", "score", "setting"]).dropna()
-        if table.empty:
-            return None
-        others = table[[self.grid[key].seed not in self.search.winner.seeds for key in table["key"]]]
-        means = (table if others.empty else others).groupby("setting")["score"].mean()
-        best = means.idxmax() if self.search.chooses.maximised else means.idxmin()
-        return self.grid[table.loc[table["setting"] == best, "key"].iloc[0]]
-
-    def seeds(self, cell: Cell | None) -> dict[str, Cell]:
-        """A setting on the winner's seeds, by id."""
-        return self.identified([replace(cell, seed=seed) for seed in self.search.winner.seeds] if cell else [])
 
     def identified(self, wanted: Sequence[Cell]) -> dict[str, Cell]:
         return identify(wanted, self.data.hashes, self.runtime)
@@ -217,7 +198,7 @@ class Hunt:
         records = self._records(batch.cells, update)
         sound = {key: batch.cells[key] for key, record in records.items() if record["status"] != "diverged"}
         known = self._judged(batch, update)
-        fresh = self._objectives(self._values({key: cell for key, cell in sound.items() if key not in known}))
+        fresh = self._objectives(self.values({key: cell for key, cell in sound.items() if key not in known}))
         for key, values in fresh.items():
             named = dict(zip(self.search.goal_names, values, strict=True))
             self.store.save_rung(key, update, {**self.store.rung(key, update), **named})
@@ -239,8 +220,7 @@ class Hunt:
         self.store.release(keep=batch.cells)
 
     def _finish(self, batch: Batch) -> None:
-        sound = {key: cell for key, cell in batch.cells.items() if self.is_sound(key)}
-        values = {key: row for key, row in self._values(sound).items() if None not in row}
+        values = {key: row for key, row in self.values(self.sound(batch.cells)).items() if None not in row}
         notes: dict[str, dict[str, Any]] = {key: {"updates": self.store.record(key)["updates"]} for key in batch.cells}
         for key, row in values.items():
             notes[key] |= {"score": row[self.chooses], "unconverged": unconverged(self.store.record(key))}
@@ -255,18 +235,126 @@ class Hunt:
             if key not in self.store and key in progress and progress[key].update == update
         }
 
-    def is_sound(self, key: str) -> bool:
-        return self.store.record(key)["status"] == "finished"
+    def sound(self, wanted: Mapping[str, Cell]) -> dict[str, Cell]:
+        """Those trained cells that did not diverge."""
+        return {key: cell for key, cell in wanted.items() if self.store.record(key)["status"] == "finished"}
 
     def kept(self, wanted: Mapping[str, Cell]) -> Iterator[Any]:
         return kept_stacks(self.store, wanted, self.data.features, self.runtime.device, stack_size(self.on_device))
 
-    def _values(self, wanted: Mapping[str, Cell]) -> Values:
+    def values(self, wanted: Mapping[str, Cell]) -> Values:
         """All goals of the kept weights, on validation data."""
         return self.judge.values(self.kept(wanted))
 
     def _objectives(self, values: Values) -> Values:
         return {key: found[: len(self.search.objectives)] for key, found in values.items()}
+
+
+class Final:
+    """The best of a search against the best of its grid: each is chosen among finalists, on seeds that no trial has seen.
+
+    Everything here may be asked for once what it is about is trained, which `steps` does.
+    """
+
+    def __init__(self, hunt: Hunt):
+        self.hunt, self.winner = hunt, hunt.search.winner
+
+    def steps(self) -> Iterator[Step]:
+        """Trains the finalists of both sides on the validation seeds, and the best of each on the test's."""
+        seeds, others = self.winner.finalists * len(self.winner.validation_seeds), len(self.winner.test_seeds)
+        share = seeds / (seeds + others)
+        with contextlib.ExitStack() as held:
+            while not self._are_ours(held):  # of several searchers, the first trains them
+                yield Step(self.hunt.trials.standing(), "waiting for another searcher", 0.0)
+                self.hunt.wait()
+            yield from self._train(self._finals, "finalists on other seeds", 0.0, share)
+            winner = self.hunt.identified([self.best[SEARCH]])
+            yield from self._train(
+                winner | self.tested(SEARCH) | self.tested(GRID), "winner and grid on other seeds", share, 1.0
+            )
+
+    def _are_ours(self, held: contextlib.ExitStack) -> bool:
+        try:
+            held.enter_context(self.hunt.store.results_lock(self.hunt.name, wait=False))
+        except HeldError:
+            return False
+        return True
+
+    def _train(self, wanted: Mapping[str, Cell], doing: str, begin: float, end: float) -> Iterator[Step]:
+        standing = self.hunt.trials.standing()
+        for advance in self.hunt.executor.run(wanted, self.hunt.data):
+            yield Step(standing, doing, begin + (end - begin) * advance.updates_done / advance.updates)
+
+    def _on_seeds(self, cell: Cell, seeds: Sequence[int]) -> dict[str, Cell]:
+        return self.hunt.identified([replace(cell, seed=seed) for seed in seeds])
+
+    @cached_property
+    def finalists(self) -> dict[str, list[Cell]]:
+        """The best settings of each side, best first."""
+        return {SEARCH: self.hunt.trials.finalists(), GRID: self._best_of_grid()}
+
+    def _best_of_grid(self) -> list[Cell]:
+        """By the mean of what chooses the winner, on validation data.
+
+        Over seeds on which they are not compared on the test set; over all where the grid has no others.
+        """
+        hunt, chooses = self.hunt, self.hunt.search.chooses
+        scores = {key: values[hunt.chooses] for key, values in hunt.grid_values.items()}
+        rows = [{"key": key, "score": score, "setting": str(replace(hunt.grid[key], seed=0))} for key, score in scores.items()]
+        table = pd.DataFrame(rows, columns=["key", "score", "setting"]).dropna()
+        if table.empty:
+            return []
+        others = table[[hunt.grid[key].seed not in self.winner.test_seeds for key in table["key"]]]
+        means = (table if others.empty else others).groupby("setting")["score"].mean()
+        ranked = means.sort_values(ascending=not chooses.maximised, kind="stable")
+        known = table.drop_duplicates("setting").set_index("setting")["key"]
+        return [hunt.grid[known[setting]] for setting in ranked.index[: self.winner.finalists]]
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, int], dict[str, Cell]]:
+        """By side and place a finalist on the validation seeds."""
+        seeds = self.winner.validation_seeds
+        return {
+            (side, place): self._on_seeds(cell, seeds)
+            for side, cells in self.finalists.items()
+            for place, cell in enumerate(cells)
+        }
+
+    @property
+    def _finals(self) -> dict[str, Cell]:
+        return {key: cell for cells in self._places.values() for key, cell in cells.items()}
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """What chooses the winner, on validation data, for each finalist and seed; nothing where it diverged."""
+        values = self.hunt.values(self.hunt.sound(self._finals))
+        scores = {key: found[self.hunt.chooses] for key, found in values.items()}
+        rows = [
+            {"side": side, "place": place, "cell_id": key, **cell.row(), "score": scores.get(key)}
+            for (side, place), cells in self._places.items()
+            for key, cell in cells.items()
+        ]
+        return pd.DataFrame(rows).astype({"score": float})
+
+    def means(self, side: str) -> pd.Series:
+        """Mean scores of a side's finalists, by place; NaN of one that has none on some seed."""
+        scores = self.scores[self.scores["side"] == side].groupby("place")["score"]
+        return scores.agg(lambda column: column.mean(skipna=False))
+
+    @cached_property
+    def best(self) -> dict[str, Cell]:
+        """Of each side that has any the finalist with the best mean; the first where none has one."""
+        return {side: cells[self._best_place(side)] for side, cells in self.finalists.items() if cells}
+
+    def _best_place(self, side: str) -> int:
+        means = self.means(side).dropna()
+        if means.empty:
+            return 0
+        return int(means.idxmax() if self.hunt.search.chooses.maximised else means.idxmin())
+
+    def tested(self, side: str) -> dict[str, Cell]:
+        """The best of a side on the seeds of the test, by id; empty where the side has none."""
+        return self._on_seeds(self.best[side], self.winner.test_seeds) if side in self.best else {}
 
 
 # What is written
@@ -275,27 +363,35 @@ class Hunt:
 def _write(hunt: Hunt) -> None:
     folder, store = Folders(hunt.name).search, hunt.store
     shutil.rmtree(folder, ignore_errors=True)
-    trials, rungs, weights = hunt.trials.table(), hunt.trials.rungs_table(), hunt.trials.importances()
+    (best,) = hunt.identified([hunt.final.best[SEARCH]])
+    trials, rungs, weights = _trials(hunt, best), hunt.trials.rungs_table(), hunt.trials.importances()
     keys = dict.fromkeys(trials.loc[trials["state"] != GRID, "cell_id"])
     write_table(folder / "trials.csv", trials)
     write_table(folder / "rungs.csv", rungs)
     write_table(folder / "importances.csv", weights)
     write_table(folder / "history.csv", store.history(key for key in keys if store.has_history(key)))
+    write_table(folder / "finalists.csv", hunt.final.scores)
     write_table(folder / "winner.csv", _compared(hunt))
-    (best,) = hunt.identified([hunt.winner])
     link(store.weights_path(best), folder / "weights" / f"{best}.safetensors")
     write_json(folder / "about.json", _about(hunt, trials))
     for kind, picture in search_figures.all_of(hunt.search, trials, rungs, weights).items():
         drawing.save(picture, folder / "pictures" / f"{kind}.png")
 
 
+def _trials(hunt: Hunt, best: str) -> pd.DataFrame:
+    """All trials; of the finalists `final` is the mean over the validation seeds, and one is the `best`."""
+    trials, finalists = hunt.trials.table(), hunt.identified(hunt.final.finalists[SEARCH])
+    complete = trials["cell_id"].where(trials["state"] == "complete")
+    finals = complete.map(dict(zip(finalists, hunt.final.means(SEARCH), strict=True)))
+    return trials.assign(final=finals, best=(complete == best) & ~complete.duplicated())  # two trials may be one cell
+
+
 def _compared(hunt: Hunt) -> pd.DataFrame:
     """Winner and grid's best setting, seed by seed, on the test set, which nothing before this has seen."""
     judge = Judge(hunt.on_device, hunt.goals, "test")
-    sides = {WINNER: hunt.seeds(hunt.winner), GRID: hunt.seeds(hunt.rival)}
     rows = []
-    for side, wanted in sides.items():
-        sound = {key: cell for key, cell in wanted.items() if hunt.is_sound(key)}
+    for side in (SEARCH, GRID):
+        sound = hunt.sound(hunt.final.tested(side))
         values = judge.values(hunt.kept(sound))
         for key, cell in sound.items():
             found = {goal.on_test: value for goal, value in zip(hunt.goals, values[key], strict=True)}
