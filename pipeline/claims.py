@@ -25,6 +25,7 @@ LEVEL = 0.05
 FEWEST_SEEDS = 5
 NOT_RUN, UNDECIDED = "not run", "undecided"
 NOISE = "noise/"
+NO_INTERVAL = Interval(math.nan, math.nan, math.nan, 0)
 
 Seeds = Float[np.ndarray, " seed"]
 Levels = Float[np.ndarray, "level seed"]
@@ -41,11 +42,15 @@ class Contrasts(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Two-sided p of a claim, and the side that it speaks for. p is NaN where there are too few seeds."""
+    """Two-sided p of a claim, and the side that it speaks for. p is NaN where there are too few seeds.
+
+    `weakest` is the part of what the claim says that is the least certain.
+    """
 
     p: float
     side: Literal["supported", "contradicted"]
     seeds: int
+    weakest: Seeds
 
 
 class Measured(NamedTuple):
@@ -73,34 +78,38 @@ class Entry(NamedTuple):
     claim: config.Claim
     verdict: str
     sides: Sequence[Side] = ()
-    effect: Interval = Interval(math.nan, math.nan, math.nan, 0)
+    effect: Interval = NO_INTERVAL
+    margin: Interval = NO_INTERVAL
+    """By how much the claim holds in its weakest part; below 0 that does not hold."""
     p: float = math.nan
     corrected: float = math.nan
     note: str = ""
+    """Why it is undecided, or which studies have not run."""
     floor: float = 0.0
     """What p would be if all seeds agreed; above 0 where the measure is a count."""
 
 
-def ledger(studies: Mapping[str, config.Study], measured: Mapping[str, Measured]) -> list[Entry]:
+def ledger(studies: Mapping[str, config.Study], measured: Mapping[str, Measured | None]) -> list[Entry]:
     """Every claim of the studies, in order; those whose studies were not all measured are `not run`.
 
-    p is corrected over all that could be decided, the control claims among them. Raises ConfigError where an id stands twice.
+    p is corrected over all that could be decided, the control claims among them. A study is measured as None if no cell of it
+    came to an end.
     """
-    seen: set[str] = set()
-    for name, claim in ((name, claim) for name, study in studies.items() for claim in study.claims):
-        if claim.id in seen:
-            raise config.ConfigError(f"configs/{name}.yaml: claims: another study has a claim '{claim.id}' too")
-        seen.add(claim.id)
     entries = [_examine(name, claim, studies, measured) for name, study in studies.items() for claim in study.claims]
     corrected = holm([entry.p for entry in entries])
-    return [_with_verdict(entry, p) for entry, p in zip(entries, corrected, strict=True)]
+    together = sum(not math.isnan(p) for p in corrected)
+    return [_with_verdict(entry, p, together) for entry, p in zip(entries, corrected, strict=True)]
 
 
-def _examine(name: str, claim: config.Claim, studies: Mapping[str, config.Study], measured: Mapping[str, Measured]) -> Entry:
+def _examine(
+    name: str, claim: config.Claim, studies: Mapping[str, config.Study], measured: Mapping[str, Measured | None]
+) -> Entry:
     """An entry with p; the side that it speaks for stands in place of a verdict."""
     about = [str(side.get("study", name)) for side in claim.test.sides]
-    if not set(about) <= set(measured):
-        return Entry(name, claim, NOT_RUN)
+    if absent := sorted({of for of in about if of not in measured}):
+        return Entry(name, claim, NOT_RUN, note=", ".join(absent))
+    if lost := sorted({of for of in about if measured[of] is None}):
+        return Entry(name, claim, UNDECIDED, note=f"every cell of {', '.join(lost)} diverged or is missing")
     over = list(claim.test.varied)
     parts = [Part(side, over, studies[of], measured[of]) for side, of in zip(claim.test.sides, about, strict=True)]
     if note := _shortage(parts):
@@ -109,33 +118,35 @@ def _examine(name: str, claim: config.Claim, studies: Mapping[str, config.Study]
     contrasts = KINDS[claim.test.kind](claim.test, sides)
     least_spread = _least_spread(claim.test, sides)
     decision = decide(contrasts, least_spread)
-    effect, note = seed_interval(contrasts.effect), _doubt(parts, decision)
-    return Entry(name, claim, decision.side, sides, effect, decision.p, note=note, floor=_floor(contrasts, least_spread))
+    effect, margin = seed_interval(contrasts.effect), seed_interval(decision.weakest)
+    note, floor = _doubt(parts, decision), _floor(contrasts, least_spread)
+    return Entry(name, claim, decision.side, sides, effect, margin, decision.p, note=note, floor=floor)
 
 
-def _with_verdict(entry: Entry, corrected: float) -> Entry:
+def _with_verdict(entry: Entry, corrected: float, together: int) -> Entry:
+    """`together` is how many claims p is corrected over."""
     if entry.verdict == NOT_RUN:
         return entry
     decided = not entry.note and corrected < LEVEL
-    note = entry.note or (f"if all seeds agreed, p would still be {entry.floor:.2g}" if entry.floor and not decided else "")
+    note = entry.note
+    if note and corrected < LEVEL:
+        note = f"would be {entry.verdict}, but {note}"
+    elif not note and not decided and entry.floor * together >= LEVEL:
+        note = f"if all seeds agreed, p would still be {entry.floor:.2g}"
     return entry._replace(corrected=corrected, verdict=entry.verdict if decided else UNDECIDED, note=note)
 
 
 class Part:
-    """One side of a test: the cells that it is about, those of them that were measured, and the columns of its measures.
+    """One side of a test: the cells that it is about, those of them that were measured, and the columns of its measures."""
 
-    A cell that lacks an axis of `over` is none of them.
-    """
-
-    def __init__(self, side: Mapping[str, Any], over: list[str], study: config.Study, measured: Measured):
+    def __init__(self, side: Mapping[str, Any], over: Sequence[str], study: config.Study, measured: Measured):
         metrics = config.choices(side["metric"])
         of_noise = metrics[0].startswith(NOISE)
         table = measured.noise if of_noise else measured.cells
         self.metrics = [metric.removeprefix(NOISE) if of_noise else metric for metric in metrics]
-        cells = [cell.row() for cell in grid.cells(study) if config.chooses(side, cell.row())]
-        self.wanted = [cell for cell in cells if all(cell[axis] is not None for axis in over)]
-        chosen = np.array([config.chooses(side, row) for row in table.to_dict("records")], dtype=bool)
-        self.rows = table[chosen].dropna(subset=over)
+        self.wanted = [cell.row() for cell in grid.cells(study) if config.chooses(side, cell.row(), over)]
+        chosen = np.array([config.chooses(side, row, over) for row in table.to_dict("records")], dtype=bool)
+        self.rows = table[chosen]
 
     @property
     def known(self) -> pd.DataFrame:
@@ -144,7 +155,7 @@ class Part:
 
     def side(self, over: str | None = None, level: Any = None) -> Side:
         """The measure of each seed, averaged over all else; of one level of an axis where it is given."""
-        rows = self.known if over is None else self.known[self.known[over] == level]
+        rows = self.known if over is None else self.known[self.known[over].astype(float) == level]
         of_seed = rows[self.metrics].astype(float).mean(axis=1).groupby(rows["seed"])
         name = "" if level is None else f"{level:g}"
         return Side(name, of_seed.mean(), len(self.metrics) * int(of_seed.size().min()) if len(rows) else 1)
@@ -168,7 +179,7 @@ def _doubt(parts: Sequence[Part], decision: Decision) -> str:
     unconverged = int(cells["unconverged"].astype(bool).sum())
     if decision.seeds < FEWEST_SEEDS:
         return f"{decision.seeds} seeds, at least {FEWEST_SEEDS} decide"
-    return f"{unconverged} of {len(cells)} cells are unconverged" if unconverged else ""
+    return f"of {len(cells)} cells {unconverged} did not converge" if unconverged else ""
 
 
 def _floor(contrasts: Contrasts, least_spread: float) -> float:
@@ -205,7 +216,7 @@ def _least_spread(test: config.Test, sides: list[Side]) -> float:
     mean of several counts spreads less, and a difference of several more.
     """
     averaged = min(side.averaged for side in sides) * (len(sides) if test.kind == "count" else 1)
-    compared = len(test.sides) / averaged
+    compared = (2 if test.kind in ("monotone", "interior_optimum") else len(test.sides)) / averaged
     return max(find(metric).step for metric in config.choices(test.metric)) / 2 * math.sqrt(compared)
 
 
@@ -285,10 +296,10 @@ def interior_optimum(levels: Levels, *, lowest: bool) -> Contrasts:
 def decide(claim: Contrasts, least_spread: float = 0.0) -> Decision:
     """The smaller p of the two sides, doubled because there are two. No contrast spreads less than `least_spread`."""
     seeds = len(claim.effect)
-    supported, contradicted = _p(claim.says, least_spread), _p(claim.opposite, least_spread)
+    (supported, weakest), (contradicted, _) = (_weakest(side, least_spread) for side in (claim.says, claim.opposite))
     side = "supported" if supported <= contradicted else "contradicted"
     p = min(1.0, 2 * min(supported, contradicted)) if seeds >= FEWEST_SEEDS else math.nan
-    return Decision(p, side, seeds)
+    return Decision(p, side, seeds, weakest)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -306,10 +317,12 @@ def _all_of(contrasts: list[Seeds], effect: Seeds) -> Contrasts:
     return Contrasts([contrasts], [[-contrast] for contrast in contrasts], effect)
 
 
-def _p(hypothesis: Hypothesis, least_spread: float) -> float:
-    """p against the hypothesis' negation, corrected over its alternatives (Bonferroni)."""
-    weakest = [max(_above_zero(contrast, least_spread) for contrast in contrasts) for contrasts in hypothesis]
-    return min(1.0, len(hypothesis) * min(weakest))
+def _weakest(hypothesis: Hypothesis, least_spread: float) -> tuple[float, Seeds]:
+    """p against the hypothesis' negation, corrected over its alternatives (Bonferroni), and the contrast that it is of."""
+    alternatives = [[(_above_zero(contrast, least_spread), contrast) for contrast in contrasts] for contrasts in hypothesis]
+    of_each = [max(contrasts, key=lambda found: found[0]) for contrasts in alternatives]
+    p, contrast = min(of_each, key=lambda found: found[0])
+    return min(1.0, len(hypothesis) * p), contrast
 
 
 def _above_zero(contrast: Seeds, least_spread: float) -> float:

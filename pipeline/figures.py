@@ -208,7 +208,7 @@ def _noise_panels(
     figure, axes = drawing.panels(len(latent_dims), len(kinds), height=2.2, sharey="row")
     cells = [(axes[r, c], kind, dim) for r, dim in enumerate(latent_dims) for c, kind in enumerate(kinds)]
     for ax, kind, latent_dim in cells:
-        ax.set_title(f"{labels.get(kind, kind)}, {drawing.latents(latent_dim)}")
+        ax.set_title(f"{labels.get(kind, kind)},\n{drawing.latents(latent_dim)}")
     return figure, axes, cells
 
 
@@ -290,7 +290,7 @@ def _draw_scree(ax: Axes, columns: pd.DataFrame, measure: str, truth: str, colou
 
 @drawing.house_style
 def ablation(curves: pd.DataFrame, truth: str) -> Figure:
-    """Error as dimensions are zeroed, smallest first in each criterion's order; a ring where only the true number is left."""
+    """Error as dimensions are taken away, the least first in each criterion's order; a ring where the true number is left."""
     table = _labelled(curves)
     series, criteria = list(_colours(table)), [name for name in CRITERIA if name in set(table["criterion"])]
     figure, axes = drawing.panels(len(series), len(criteria), height=2.3, sharey="row")
@@ -300,8 +300,8 @@ def ablation(curves: pd.DataFrame, truth: str) -> Figure:
             shown = table[(table["series"] == name) & (table["criterion"] == criterion)]
             _draw_ablation(ax, shown, truth, colours)
             ax.set_title(f"{name}\nby {CRITERIA[criterion]}")
-    drawing.label_edges(axes, "dimensions set to zero", "squared error\nper dimension")
-    drawing.title(figure, "Ablation: error as the least used dimensions are zeroed")
+    drawing.label_edges(axes, "dimensions taken away", "squared error\nper dimension")
+    drawing.title(figure, "Ablation: error as the least used dimensions are taken away")
     ring = Line2D([], [], color="#444444", marker="o", markerfacecolor="white", linestyle="", label="true number left")
     drawing.legend(figure, [*drawing.handles(colours), ring], title=drawing.words(truth))
     return figure
@@ -334,8 +334,9 @@ def used_dimensions(counts: pd.DataFrame, truth: str, measures: dict[str, str]) 
         for index, measure in enumerate(measures):
             _count_line(ax, shown, truth, measure, colours[measure], (index - (len(measures) - 1) / 2) * 0.12, MARKERS[index])
         ax.set_title(name)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xticks(sorted(shown[truth].unique()))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_ylim(bottom=0)
     drawing.label_edges(axes, f"true dimension ({drawing.words(truth)})", "dimensions counted as used")
     drawing.title(figure, "Used dimensions against the true dimension of the data")
     handles = [
@@ -415,12 +416,13 @@ def _grid_of(table: pd.DataFrame, x: str, y: str, metric: str) -> pd.DataFrame:
 
 @drawing.house_style
 def ledger(claims: pd.DataFrame) -> Figure:
-    """Every claim's effect with its 95% interval, scaled so that the far end of the interval is at 1 or −1; by source.
+    """Every claim's margin with its 95% interval, scaled so that the far end of the interval is at 1 or −1; by source.
 
-    The numbers stand on the right. Claims without one of the three verdicts, such as those not run, are left out.
+    The effects, which are text, stand on the right. Claims without one of the three verdicts, such as those not run, are left
+    out.
     """
     claims = claims[claims["verdict"].isin(VERDICT_COLOURS)]
-    claims = claims.assign(group=pd.factorize(claims["source"])[0]).sort_values("group", kind="stable")
+    claims = claims.assign(group=claims.groupby("source").ngroup()).sort_values("group", kind="stable")
     claims["place"] = np.arange(len(claims)) + claims["group"] + 1  # a line above each group is its source's
     lines = len(claims) + claims["group"].nunique()
     figure, axes = drawing.panels(1, 1, height=0.18 * lines + 0.5)
@@ -429,8 +431,8 @@ def ledger(claims: pd.DataFrame) -> Figure:
     for claim in claims.itertuples():
         _draw_claim(axes[0, 0], claim)
     _label_claims(axes[0, 0], claims)
-    drawing.label_edges(axes, "effect, scaled by its interval's far end", "claim")
-    drawing.title(figure, "The claims: effects with 95% intervals")
+    drawing.label_edges(axes, "← contradicts      scaled by its interval's far end      supports →", "claim")
+    drawing.title(figure, "The claims: by how much each holds, with 95% intervals")
     figure.legend(handles=drawing.handles(VERDICT_COLOURS, marker="o"), loc="outside upper right", ncols=3)
     return figure
 
@@ -454,7 +456,7 @@ def identities(shares: Mapping[str, float]) -> Figure:
 def _label_claims(ax: Axes, claims: pd.DataFrame) -> None:
     right = ax.secondary_yaxis("right")
     ax.set_yticks(claims["place"], claims["id"])
-    right.set_yticks(claims["place"], [_effect(claim) for claim in claims.itertuples()])
+    right.set_yticks(claims["place"], claims["effect"])
     right.spines[:].set_visible(False)
     for side in (ax, right):
         side.tick_params(axis="y", length=0)
@@ -466,11 +468,7 @@ def _label_claims(ax: Axes, claims: pd.DataFrame) -> None:
 def _draw_claim(ax: Axes, claim: Any) -> None:
     scale, colour = max(abs(claim.low), abs(claim.high), 1e-300), VERDICT_COLOURS[claim.verdict]
     ax.plot([claim.low / scale, claim.high / scale], [claim.place] * 2, color=colour, linewidth=2.2, solid_capstyle="butt")
-    ax.plot(claim.effect / scale, claim.place, "o", color=colour, markeredgecolor="white", markeredgewidth=0.6)
-
-
-def _effect(claim: Any) -> str:
-    return intervals.with_bounds(intervals.Interval(claim.effect, claim.low, claim.high, 0))
+    ax.plot(claim.margin / scale, claim.place, "o", color=colour, markeredgecolor="white", markeredgewidth=0.6)
 
 
 class ClaimPanel(NamedTuple):

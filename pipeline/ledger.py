@@ -31,7 +31,7 @@ HOW_IT_IS_DECIDED = (
     f"{claims.FEWEST_SEEDS} seeds or with a cell that has not converged. Claims that are added therefore raise the *Holm* of "
     "all others. A count is taken to spread by half a step at least. The effect is the difference of the two sides, or of "
     "their changes; the last level of an axis minus the first; how far a count is off its number; or the measure itself where "
-    "it is held against bounds. The last column is a filter for MLflow's search box that shows the claim's runs."
+    "it is held against bounds. In MLflow's search box `tags.claims LIKE '% ID %'` shows the runs of the claim of that id."
 )
 TINY = 1e-16
 ROUNDING = 1e-4
@@ -60,17 +60,30 @@ def _tally(entries: Sequence[Entry]) -> str:
 
 
 def _table(entries: Sequence[Entry]) -> str:
-    header = ["claim", "it says", "verdict", "effect", "seeds", "p", "Holm", "runs"]
-    return md.table(header, [_row(entry) for entry in entries])
+    """Claims that ran, and below them those that did not."""
+    ran = [_row(entry) for entry in entries if entry.verdict != claims.NOT_RUN]
+    others = [_not_run(entry) for entry in entries if entry.verdict == claims.NOT_RUN]
+    header = ["claim", "it says", "verdict", "effect", "on", "seeds", "p", "Holm"]
+    return md.join(
+        md.table(header, ran) if ran else "", md.folded(f"{len(others)} not run", md.bullets(others)) if others else ""
+    )
 
 
 def _row(entry: Entry) -> list[str]:
     name = f"[{entry.claim.id}](#{anchor(entry.study)})"
-    says, verdict = md.escape(entry.claim.says), _verdict(entry)
-    if entry.verdict == claims.NOT_RUN:
-        return [entry.claim.id, says, verdict, "–", "–", "–", "–", f"study `{entry.study}`"]
-    effect, p_values = intervals.with_bounds(entry.effect), [_p(entry.p), _p(entry.corrected)]
-    return [name, says, verdict, effect, str(entry.effect.seeds), *p_values, f"`{run_filter(entry.claim)}`"]
+    says, effect = md.escape(entry.claim.says), intervals.with_bounds(entry.effect)
+    p_values = [_p(entry.p), _p(entry.corrected)]
+    return [name, says, _verdict(entry), effect, _measure(entry.claim.test), str(entry.effect.seeds), *p_values]
+
+
+def _not_run(entry: Entry) -> str:
+    return f"{entry.claim.id} (`{entry.note}`): {md.escape(entry.claim.says)}"
+
+
+def _measure(test: config.Test) -> str:
+    """What the effect is an effect on."""
+    first, *others = config.choices(test.metric)
+    return md.escape(measures.find(first).label) + (f" and {len(others)} more" if others else "")
 
 
 def _verdict(entry: Entry) -> str:
@@ -80,12 +93,11 @@ def _verdict(entry: Entry) -> str:
 
 
 def _p(value: float) -> str:
-    return "< 10⁻¹⁶" if value < TINY else intervals.plain(value, 2)
-
-
-def run_filter(claim: config.Claim) -> str:
-    """What shows a claim's runs in MLflow's search box; tags know no list of values, so the claims are a tag of each run."""
-    return f"tags.claims LIKE '% {claim.id} %'"
+    """To two digits; to three where two could not tell it from the level at which a claim is decided."""
+    if value < TINY:
+        return "< 10⁻¹⁶"
+    text = intervals.plain(value, 2)
+    return intervals.plain(value, 3) if text == intervals.plain(claims.LEVEL, 2) else text
 
 
 def _controls(entries: Sequence[Entry]) -> str:
@@ -147,7 +159,7 @@ def study_section(entries: Sequence[Entry], studies: Mapping[str, config.Study],
 def _estimand(entry: Entry, studies: Mapping[str, config.Study]) -> str:
     test = entry.claim.test
     shown = test.sides[:2]  # an interaction's others are the bases of these
-    sides = [_side(side) + _averaged(test, side, studies[str(side.get("study", entry.study))]) for side in shown]
+    sides = [_side(test, side, studies[str(side.get("study", entry.study))]) for side in shown]
     over = "".join(f", over {md.words(axis)}" for axis in test.varied)
     if isinstance(test, config.Interaction):
         over = f", each as its change from {_choices(test.base)}"
@@ -155,22 +167,19 @@ def _estimand(entry: Entry, studies: Mapping[str, config.Study]) -> str:
     return f"`{test.kind}` ({rule}): {' against '.join(sides)}{over}."
 
 
-def _side(side: Mapping[str, Any]) -> str:
+def _side(test: config.Test, side: Mapping[str, Any], study: config.Study) -> str:
+    """The measures, the cells of which they are taken, and the axes that these are averaged over."""
+    rows = [cell.row() for cell in grid.cells(study) if config.chooses(side, cell.row(), test.varied)]
+    found = {axis: dict.fromkeys(row[axis] for row in rows if row[axis] is not None) for axis in rows[0]}
     metrics = ", ".join(f"`{metric}`" for metric in config.choices(side["metric"]))
-    chosen = _choices({key: value for key, value in side.items() if key != "metric"})
-    return metrics + (f" of {chosen}" if chosen else "")
+    chosen = _choices({key: value for key, value in side.items() if key != "metric" and found.get(key, True)})
+    left = [axis for axis, values in found.items() if len(values) > 1 and axis not in {"seed", *test.varied}]
+    averaged = ", ".join(f"{md.words(axis)} {md.values(found[axis])}" for axis in left)
+    return metrics + (f" of {chosen}" if chosen else "") + (f" (averaged over {averaged})" if averaged else "")
 
 
 def _choices(side: Mapping[str, Any]) -> str:
     return ", ".join(f"{md.words(key)} {md.values(config.choices(value))}" for key, value in side.items())
-
-
-def _averaged(test: config.Test, side: Mapping[str, Any], study: config.Study) -> str:
-    """The axes over which the cells of a side vary, other than those that the test goes over."""
-    rows = [cell.row() for cell in grid.cells(study) if config.chooses(side, cell.row())]
-    found = {axis: dict.fromkeys(row[axis] for row in rows if row[axis] is not None) for axis in rows[0]}
-    left = [axis for axis, values in found.items() if len(values) > 1 and axis not in {"seed", *test.varied}]
-    return f" (averaged over {', '.join(f'{md.words(axis)} {md.values(found[axis])}' for axis in left)})" if left else ""
 
 
 def _rule(test: config.Test) -> Iterable[tuple[str, Any]]:

@@ -71,9 +71,10 @@ def _lattice_panel(ax: Axes, points: np.ndarray, inputs: np.ndarray) -> Axes:
     return ax
 
 
-def _own_frame(ax: Axes, codes: np.ndarray) -> None:
+def _own_frame(ax: Axes, codes: np.ndarray, least: float = 0.1) -> None:
+    """A square around all codes, of at least this half-width."""
     middle = (codes.min(axis=0) + codes.max(axis=0)) / 2
-    half = max(0.1, 1.08 * np.ptp(codes, axis=0).max() / 2)
+    half = max(least, 1.08 * np.ptp(codes, axis=0).max() / 2)
     for dimension, place in zip("xy", middle, strict=False):
         ax.set(**{f"{dimension}lim": (place - half, place + half)})
 
@@ -112,8 +113,10 @@ def latent_spaces(spaces: Sequence[tuple[str, np.ndarray, np.ndarray]], names: S
     figure, axes = drawing.wrapped(len(spaces), "latent 0", "latent 1", height=3.0)
     for ax, (title, codes, labels) in zip(axes, spaces, strict=True):
         _class_scatter(ax, codes, labels, _class_colours(names), size=2.0)
+        _own_frame(ax, codes, least=1.0)  # or a collapsed latent would look like another
         ax.set_title(title)
         ax.set_box_aspect(1)
+        ax.locator_params(nbins=4)
     drawing.title(figure, "Latent spaces, coloured by class")
     drawing.legend(figure, drawing.handles(_class_colours(names), marker="o", linestyle=""))
     return figure

@@ -8,11 +8,12 @@ import numpy as np
 
 from pipeline import artifacts, config, drawing, figures, intervals, pictures
 from pipeline import markdown as md
-from pipeline.results import StudyResults
+from pipeline.results import StudyResults, reconstructing
 
 MOST_MODELS = 6
 PAIRS = 3  # interpolations a model
 POINTS = 300  # a scatter of a lattice
+FIRST = "the first seed of each setting"
 BOOTS = "boots/axis_alignment"  # measured of ankle boots alone
 
 
@@ -35,7 +36,7 @@ def _lattice(results: StudyResults, latent_dim: int) -> str:
     setting = f" ({', '.join(fixed)})" if fixed else ""
     caption = (
         f"Codes and reconstructions through {drawing.latents(latent_dim)}{setting}, coloured by the input's quadrant, over β "
-        f"(across) and λ (up): test points of each setting's first seed."
+        f"(across) and λ (up): means of test points, one latent spread upwards at random; {FIRST}."
     )
     title = f"Codes and reconstructions through {drawing.latents(latent_dim)}"
     return results.gallery.show(f"lattice-{latent_dim}", pictures.quadrant_lattice(cells, title), caption)
@@ -65,12 +66,13 @@ def _images(results: StudyResults) -> str:
     spaces = [("PCA", _tensors(results, "pca")["codes"], shown[0].tensors["labels"])]
     spaces += [(one.label, one.tensors["codes"], one.tensors["labels"]) for one in shown]
     paths = [(one.label, path) for one in shown for path in one.tensors["interpolation"][:PAIRS]]
-    samples = pictures.sample_sheets([(one.label, one.tensors["samples"]) for one in shown], shape, x="decoded draws")
+    drawn = [(one.label, one.tensors["samples"]) for one in shown]
+    samples = pictures.sample_sheets(drawn, shape, "Decoded draws", x="decoded draws")
     show = results.gallery.show
     return md.join(
         "### Two latents: codes, interpolations, samples",
-        show("latent-spaces", pictures.latent_spaces(spaces, names), "Codes of test images, coloured by class, and PCA's."),
-        show("interpolations", pictures.interpolations(paths, shape), "Decoded straight lines between codes of test images."),
+        show("latent-spaces", pictures.latent_spaces(spaces, names), f"Codes of test images by class, and PCA's; {FIRST}."),
+        show("interpolations", pictures.interpolations(paths, shape), f"Decoded lines between codes of test images; {FIRST}."),
         show(
             "samples", samples, "Decoded draws from the prior, or from the Gaussian fitted to the codes of an arm without a KL."
         ),
@@ -110,8 +112,7 @@ def _components(results: StudyResults) -> str:
     """Error over the number of principal components, with the models' beside it."""
     if results.metrics.empty or results.study.data.axes:
         return ""
-    of_models = results.slice(results.metrics)[0].rename(columns={"test/mse": "mse"})
-    of_models = of_models[of_models["arm"].map(lambda arm: config.ARMS[arm].reconstruction_weight > 0)]
+    of_models = reconstructing(results.slice(results.metrics)[0]).rename(columns={"test/mse": "mse"})
     summary = intervals.summarise(of_models, ["arm", "beta", "latent_dim"], ["mse"])
     caption = "PCA: variance explained, and test error over components; the models' errors, with 95% intervals over seeds."
     return results.gallery.show("components", figures.pca_curve(results.components, summary), caption)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from pipeline import claims, config, drawing, figures, intervals, ledger, measures, portraits
 from pipeline import markdown as md
-from pipeline.results import Gallery, StudyResults
+from pipeline.results import Gallery, StudyResults, reconstructing
 
 TRUTH = "manifold_dim"
 METRICS = ("test/reconstruction", "test/mse", "test/kl", "test/active_units", "test/knn_accuracy")
@@ -127,7 +127,7 @@ def _metrics_section(results: StudyResults) -> str:
     if results.metrics.empty:
         return "No cell was evaluated: all of them diverged or are missing."
     known = [metric for metric in METRICS if metric in results.metrics and results.metrics[metric].notna().any()]
-    axes = [axis for axis in results.axes if results.metrics[axis].nunique(dropna=False) > 1]
+    axes = [axis for axis in results.axes if results.metrics[axis].nunique() > 1]
     summary = intervals.summarise(results.metrics, [*axes, "arm", "beta"], known)
     summary = summary.sort_values(axes, kind="stable") if axes else summary
     full, notes = _metrics_table(results, summary, axes, known), _metrics_notes(summary)
@@ -158,16 +158,16 @@ def _metrics_notes(summary: pd.DataFrame) -> str:
 
 
 def _clean_headline(results: StudyResults) -> str:
-    if results.metrics.empty:
-        return ""
-    paired = intervals.paired_table(results.metrics, results.axes, "test/mse")
-    return _tally(paired[paired["arm"] == "vae"], "squared error on clean inputs")
+    clean = results.paired[results.paired["noise"] == "clean"] if len(results.paired) else results.paired
+    return _tally(clean, "squared error on clean inputs")
 
 
 def _tally(paired: pd.DataFrame, where: str) -> str:
-    if paired.empty:
+    """Of the VAE's comparisons, those that have an interval; empty if none has."""
+    told = paired[(paired["arm"] == "vae") & paired["low"].notna()] if len(paired) else paired
+    if told.empty:
         return ""
-    verdicts = [intervals.comparison(_difference(row)) for _, row in paired.iterrows()]
+    verdicts = [intervals.comparison(_difference(row)) for _, row in told.iterrows()]
     beats, loses = verdicts.count("beats"), verdicts.count("loses to")
     return (
         f"in {where}, the VAE beats the plain AE of the same seed in {beats} of {len(verdicts)} comparisons, loses to it in "
@@ -235,7 +235,9 @@ def _threshold_findings(table: pd.DataFrame) -> list[str]:
 
 
 def _first_l2(cells: pd.DataFrame, metric: str, most: float) -> float | None:
-    """The smallest λ from which on the metric is at most `most` in every seed."""
+    """The smallest of several λ from which on the metric is at most `most` in every seed."""
+    if cells["l2"].nunique() < 2:
+        return None
     highest = cells.groupby("l2")[metric].max()
     above = highest.index[highest > most].max() if (highest > most).any() else -math.inf
     below = highest.index[highest.index > above]
@@ -248,7 +250,7 @@ def _first_l2(cells: pd.DataFrame, metric: str, most: float) -> float | None:
 def _noise_section(results: StudyResults) -> str:
     if results.noise.empty:
         return ""
-    noise, fixed = results.slice(results.noise)
+    noise, fixed = results.slice(reconstructing(results.noise))
     pca = results.slice(results.pca)[0] if len(results.pca) else None
     summary = intervals.summarise(noise, ["noise", "level", "latent_dim", "arm", "beta"], ["mse_clean"])
     picture = figures.robustness(summary, None if pca is None else pca.dropna(subset=["noise"]))
@@ -265,7 +267,7 @@ def _noise_section(results: StudyResults) -> str:
 
 
 def _paired_part(results: StudyResults) -> str:
-    paired = results.slice(_corrupted(results))[0]
+    paired = results.slice(reconstructing(_corrupted(results)))[0]
     if paired.empty:
         return "There is no plain AE to compare with."
     rows = []
@@ -331,8 +333,7 @@ def _neighbour_sentence(pca: pd.DataFrame) -> str:
 
 def _noise_headline(results: StudyResults) -> str:
     paired = _corrupted(results)
-    paired = paired[(paired["arm"] == "vae") & (paired["level"] > 0)] if len(paired) else paired
-    return _tally(paired, "squared error on corrupted inputs")
+    return _tally(paired[paired["level"] > 0] if len(paired) else paired, "squared error on corrupted inputs")
 
 
 # Published log-likelihoods
@@ -394,9 +395,10 @@ def _prune_section(results: StudyResults) -> str:
     if results.counts.empty or results.columns.empty:
         return ""
     heading = md.join("### Which latent dimensions are used", CANCELLING)
-    cancelled = [_cancel_sentence(*item) for item in _by_arm(results.columns)]
     if TRUTH not in results.counts:
-        return md.join(heading, md.bullets(cancelled))
+        counts, fixed = _few_series(*results.slice(results.counts))
+        return md.join(heading, _note(fixed), _counts_table(counts, "latent_dim"))
+    cancelled = [_cancel_sentence(*item) for item in _by_arm(results.columns)]
     tables = [
         _few_series(*results.slice(t, keep=("latent_dim", TRUTH))) for t in (results.columns, results.counts, results.ablation)
     ]
@@ -406,7 +408,7 @@ def _prune_section(results: StudyResults) -> str:
         _note(tables[0][1]),
         md.bullets([*_ablation_findings(ablation), *cancelled]),
         _prune_figures(results.gallery, columns, counts, ablation),
-        _counts_table(counts),
+        _counts_table(counts, TRUTH),
     )
 
 
@@ -423,26 +425,30 @@ def _prune_figures(gallery: Gallery, columns: pd.DataFrame, counts: pd.DataFrame
     curves = intervals.summarise(ablation, ["arm", "beta", "latent_dim", TRUTH, "criterion", "zeroed"], ["mse"])
     used = "Dimensions counted as used against the true dimension of the data, with 95% intervals over seeds."
     scree = "Columns of the first decoder layer, and what each dimension carries, sorted within each cell; means over seeds."
-    zeroed = "Squared error as dimensions are zeroed in each criterion's order, with 95% bands; ring: the true number is left."
+    taken = (
+        "Squared error as dimensions are taken away in each criterion's order, with 95% bands; ring: the true number is left. "
+        "What is taken away stands at the prior's mean, or at its code's where no prior holds that."
+    )
     return md.join(
         gallery.show("dimensions", figures.used_dimensions(summary, TRUTH, COUNTS), used),
         gallery.show("scree", figures.scree(columns, TRUTH), scree),
-        gallery.show("ablation", figures.ablation(curves, TRUTH), zeroed),
+        gallery.show("ablation", figures.ablation(curves, TRUTH), taken),
     )
 
 
-def _counts_table(counts: pd.DataFrame) -> str:
-    measures = {**COUNTS, "cancelled": "cancelling columns"}
-    summary = intervals.summarise(counts, ["arm", "beta", TRUTH], list(measures))
+def _counts_table(counts: pd.DataFrame, axis: str) -> str:
+    """How many latents are used by which measure, a line for each arm, β and value of an axis."""
+    counted = {**COUNTS, "cancelled": "cancelling columns"}
+    summary = intervals.summarise(counts, ["arm", "beta", axis], list(counted))
     rows = [
-        [drawing.arm_label(row["arm"], row["beta"]), md.value(row[TRUTH]), *(_mean(row, measure) for measure in measures)]
+        [drawing.arm_label(row["arm"], row["beta"]), md.value(row[axis]), *(_mean(row, name) for name in counted)]
         for _, row in summary.iterrows()
     ]
-    return md.table(["arm", "true dimension", *measures.values()], rows)
+    return md.table(["arm", "true dimension" if axis == TRUTH else md.words(axis), *counted.values()], rows)
 
 
 def _ablation_findings(ablation: pd.DataFrame) -> list[str]:
-    """How often zeroing all but the true number of dimensions leaves the error as it was."""
+    """How often the error stays as it was with only the true number of dimensions left."""
     found = []
     for label, rows in _by_arm(ablation):
         kept = [

@@ -255,9 +255,63 @@ def test_five_equal_counts_can_contradict_but_not_support(tmp_path, number, verd
     assert (entry.verdict, entry.effect.seeds) == (verdict, 5) and entry.note == note
 
 
-def test_two_studies_cannot_share_a_claim(study):
-    with pytest.raises(config.ConfigError, match="configs/twin.yaml: claims: another study has a claim 'rises' too"):
-        ledger({"study": study, "twin": study}, {})
+def test_two_studies_cannot_share_a_claim(tmp_path):
+    other = next(line for line in STUDY.splitlines() if "id: other" in line)  # of which a twin would be its own
+    for name in ("study", "twin"):
+        (tmp_path / f"{name}.yaml").write_text(STUDY.replace(other, ""), encoding="utf-8")
+    with pytest.raises(config.ConfigError, match="twin.yaml: claims: study has a claim 'rises' too"):
+        config.load_known(config.Settings(studies=("study", "twin")), tmp_path)
+
+
+ONE_STEP = """
+  - id: steps
+    source: x
+    says: y
+    test: {kind: monotone, metric: prune/active_units, over: manifold_dim, direction: up, where: {arm: ae, l2: 0}}
+  - id: differs
+    source: x
+    says: y
+    test:
+      kind: difference
+      metric: prune/active_units
+      where: {arm: ae, l2: 0, manifold_dim: 3}
+      against: {manifold_dim: 2}
+      direction: up
+  - id: scattered
+    source: x
+    says: y
+    test: {kind: bound, metric: prune/active_units, above: 0, where: {arm: vae, l2: 0, beta: 1, manifold_dim: 2}}
+"""
+
+
+@pytest.mark.parametrize("add", [0, 1], ids=["all agree", "one does not"])
+def test_a_step_between_two_levels_of_a_count_is_as_certain_as_their_difference(tmp_path, add):
+    study = read(tmp_path, STUDY + ONE_STEP.removeprefix("\n"))
+    tables = measured(study)
+    units = tables.cells["prune/active_units"] + add * (tables.cells["seed"] == 3) * (tables.cells["manifold_dim"] == 3)
+    tables = tables._replace(cells=tables.cells.assign(**{"prune/active_units": units}))
+    found = {entry.claim.id: entry for entry in ledger({"study": study}, {"study": tables})}
+    assert found["steps"].p == pytest.approx(found["differs"].p) and 0 < found["steps"].p < LEVEL
+
+
+def test_counts_that_scatter_are_not_undecided_for_being_counts(tmp_path):
+    study = read(tmp_path, STUDY + ONE_STEP.removeprefix("\n"))
+    tables = measured(study)
+    units = tables.cells["prune/active_units"].where(tables.cells["seed"] != 3, 200)
+    tables = tables._replace(cells=tables.cells.assign(**{"prune/active_units": units}))
+    entry = next(entry for entry in ledger({"study": study}, {"study": tables}) if entry.claim.id == "scattered")
+    assert (entry.verdict, entry.note) == ("undecided", "") and 0 < entry.floor < 1e-6
+
+
+def test_values_of_sigma2_are_numbers_also_beside_learned(tmp_path):
+    """As in a table that was read back, whose column then holds texts."""
+    text = STUDY.replace("  l2: [0, 0.1]", '  l2: [0, 0.1]\n  sigma2: [0.1, 1, "learned"]')
+    over = "over: sigma2, direction: up, where: {arm: vae, beta: 1, sigma2: [0.1, 1]}"
+    study = read(tmp_path, text.replace("over: beta, direction: up", over))
+    tables = measured(study)
+    tables = tables._replace(cells=tables.cells.assign(sigma2=tables.cells["sigma2"].astype(str)))
+    entry = next(entry for entry in ledger({"study": study}, {"study": tables}) if entry.claim.id == "rises")
+    assert (entry.effect.seeds, entry.note) == (12, "")
 
 
 def test_the_unit_is_the_seed(study):
@@ -291,6 +345,18 @@ def test_what_has_not_converged_or_run_is_not_decided(study):
     found = verdicts(study, {"study": spoilt})
     assert found["beats"] == "undecided" and found["rises"] == "supported" and found["other"] == "not run"
     assert set(verdicts(study, {}).values()) == {"not run"}
+
+
+@pytest.mark.parametrize(
+    ("others", "verdict", "note"),
+    [({}, "not run", "twin"), ({"twin": None}, "undecided", "every cell of twin diverged or is missing")],
+)
+def test_what_a_claim_lacks_is_named(study, others, verdict, note):
+    """A study that has not run is another thing than one of which no cell came to an end."""
+    twin = study.model_copy(update={"claims": ()})
+    entries = ledger({"study": study, "twin": twin}, {"study": measured(study), **others})
+    entry = next(entry for entry in entries if entry.claim.id == "other")
+    assert (entry.verdict, entry.note) == (verdict, note)
 
 
 @pytest.mark.parametrize(

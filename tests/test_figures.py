@@ -79,12 +79,12 @@ def _counts() -> pd.DataFrame:
 
 
 def _claims() -> pd.DataFrame:
-    columns = ["id", "source", "verdict", "effect", "low", "high"]
+    columns = ["id", "source", "verdict", "effect", "margin", "low", "high"]
     rows = [
-        ("a", "first", "supported", 2.0, 1.0, 3.0),
-        ("b", "second", "contradicted", -2e-5, -5e-5, 1e-5),
-        ("c", "first", "undecided", 0.5, math.nan, math.nan),
-        ("d", "third", "not run", math.nan, math.nan, math.nan),
+        ("b", "second", "contradicted", "−2 [−5, 1]", -2e-5, -5e-5, 1e-5),
+        ("a", "first", "supported", "2.0 [1.0, 3.0]", 2.0, 1.0, 3.0),
+        ("c", "first", "undecided", "0.5", 0.5, math.nan, math.nan),
+        ("d", "third", "not run", "–", math.nan, math.nan, math.nan),
     ]
     return pd.DataFrame(rows, columns=columns)
 
@@ -207,11 +207,7 @@ def test_the_ledger_shows_what_was_decided_by_source_with_its_numbers():
     ax = figures.ledger(_claims()).axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "c", "b"]
     assert [text.get_text() for text in ax.texts] == ["first", "second"]
-    assert [label.get_text() for label in ax.child_axes[0].get_yticklabels()] == [
-        "2.0 [1.0, 3.0]",
-        "0.5",
-        "(−2.0 [−5.0, 1.0]) × 10⁻⁵",
-    ]
+    assert [label.get_text() for label in ax.child_axes[0].get_yticklabels()] == ["2.0 [1.0, 3.0]", "0.5", "−2 [−5, 1]"]
     ends = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) == 2 and line.get_color() != "#444444"]
     np.testing.assert_allclose(ends, [[1 / 3, 1], [math.nan] * 2, [-1, 0.2]])
 

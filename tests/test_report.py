@@ -197,7 +197,9 @@ def _write_noise(folder: Path, study: config.Study, rows: list[dict], rng: np.ra
     artifacts.write_table(folder / "noise.csv", noise)
     artifacts.write_table(folder / "pca.csv", pd.DataFrame(pca))
     same = [*study.data.axes, "latent_dim", "l2", "sigma2", "learning_rate", "noise", "level"]
-    artifacts.write_table(folder / "paired.csv", intervals.paired_table(noise, same, "mse_clean"))
+    clean = artifacts.read_table(folder / "metrics.csv").rename(columns={"test/mse": "mse_clean"})
+    both = [table.reindex(columns=header) for table in (clean.assign(noise="clean", level=0.0), noise)]
+    artifacts.write_table(folder / "paired.csv", intervals.paired_table(pd.concat(both), same, "mse_clean"))
 
 
 def _write_prune(folder: Path, study: config.Study, rows: list[dict], rng: np.random.Generator) -> None:
@@ -221,7 +223,8 @@ def _write_prune(folder: Path, study: config.Study, rows: list[dict], rng: np.ra
             if not np.isnan(values).all():
                 lost = np.concatenate([[0], np.cumsum(used[np.argsort(values)] * 0.1)])
                 curves += [{**row, "criterion": criterion, "zeroed": k, "mse": 0.02 + v} for k, v in enumerate(lost)]
-        elbows = {"elbow_column_sum": used.sum() - 1, "elbow_column_l2": used.sum(), "elbow_kl": used.sum()}
+        elbows = {"elbow_column_sum": used.sum() - 1, "elbow_column_l2": used.sum()}
+        elbows["elbow_kl"] = used.sum() if row["arm"] == "vae" else None
         counts.append({**row, "active_units": used.sum(), **elbows, "cancelled": 2})
     artifacts.write_table(folder / "columns.csv", pd.DataFrame(columns))
     artifacts.write_table(folder / "ablation.csv", pd.DataFrame(curves))
@@ -266,9 +269,24 @@ def _write_search(folder: Path, name: str) -> None:
     sides = [
         {"side": side, "cell_id": f"{side}{seed}", "seed": seed, "beta": 1.0, **fixed, "test/reconstruction": 90.0 + seed,
          "test/kl": 8.0, "test/bce_elbo": -98.0 + shift * seed}
-        for side, shift in (("winner", 1.0), ("grid", 0.5)) for seed in (1, 2, 3)
+        for side, shift in (("search", 1.0), ("grid", 0.5)) for seed in (1, 2, 3)
     ]  # fmt: skip
     artifacts.write_table(path / "winner.csv", pd.DataFrame(sides))
+    finals = [
+        {
+            "side": side,
+            "place": place,
+            "cell_id": f"{side}{place}{seed}",
+            "seed": seed,
+            "beta": beta,
+            "score": score + seed,
+            **fixed,
+        }
+        for side, place, beta, score in (("search", 0, 2.0, -110.0), ("search", 1, 3.0, -109.0), ("grid", 0, 1.0, -112.0))
+        for seed in (6, 7, 8)
+    ]
+    finals[1]["score"] = np.nan
+    artifacts.write_table(path / "finalists.csv", pd.DataFrame(finals))
     about = {"search": name, "title": "t", "study": "digits", "sampler": "tpe", "trials": 24, "updates": 400, "rungs": []}
     about |= {"device": "cpu", "updates_spent": 9600, "grid_cells": 6, "grid_updates": 9000}
     artifacts.write_json(path / "about.json", about)
@@ -334,8 +352,10 @@ def test_the_report_opens_with_the_ledger(here: Path):
     report.run()
     assert _text().index("## The ledger") < _text().index("## What was run")
     row = next(line for line in _text().splitlines() if line.startswith("| [004-a](#claims-of-uniform2d) |"))
-    assert "More λ \\| worse &lt;b&gt;errors&lt;/b&gt;." in row and "cells are unconverged" in row
-    assert "`tags.claims LIKE '% 004-a %'`" in row and "\n### Claims of uniform2d\n" in _text()
+    assert "More λ \\| worse &lt;b&gt;errors&lt;/b&gt;." in row and re.search(
+        r"\*undecided\*: .*of \d+ cells \d+ did not converge", row
+    )
+    assert "\n### Claims of uniform2d\n" in _text()
     for table in ("train/manifest.csv", "evaluate/metrics.csv"):
         _edit("uniform2d", table, lambda rows: rows.assign(unconverged=False))
     report.run()
@@ -346,6 +366,29 @@ def test_an_interaction_is_told_as_a_change(here: Path):
     workspace(here, uniform2d=UNIFORM)
     report.run()
     assert "of arm ae, λ 0.25 (averaged over latents 1, 2), each as its change from λ 0." in _text()
+
+
+def test_what_a_claim_compares_names_no_axis_that_its_cells_lack(here: Path):
+    claims = """
+  - {id: one, source: x, says: y, test: {kind: difference, metric: test/mse, where: {arm: vae, beta: 5e-3}, against: {arm: ae}, direction: up}}
+  - {id: two, source: x, says: y, test: {kind: monotone, metric: test/mse, over: beta, direction: up, where: {l2: 0}}}
+"""  # noqa: E501
+    workspace(here, uniform2d=UNIFORM + claims.removeprefix("\n"))
+    report.run()
+    assert "of arm vae, β 0.005 (averaged over latents 1, 2, λ 0, 0.01, 0.25) against `test/mse` of arm ae (averaged" in _text()
+    assert "`test/mse` of λ 0 (averaged over latents 1, 2), over β." in _text()
+
+
+@pytest.mark.parametrize("l2", ["[0, 1e-5]", "[0]"])
+def test_a_threshold_of_a_weight_is_told_only_of_several(here: Path, l2: str):
+    workspace(here, digits=DIGITS.replace("[0, 1e-5]", l2))
+    report.run()
+    assert ("no unit is active in any seed from λ = 0 at β = 4 on" in _text()) == (l2 != "[0]")
+
+
+def test_clean_and_corrupted_inputs_each_have_their_line(full: dict[str, bytes]):
+    said = re.findall(r"^- `digits`: in squared error on (\w+) inputs, ", full["reports/report.md"].decode(), re.MULTILINE)
+    assert said == ["clean", "corrupted"]
 
 
 def test_the_likelihood_is_that_of_the_claims_own_cells(here: Path, monkeypatch: pytest.MonkeyPatch):
@@ -365,7 +408,7 @@ def test_a_claim_that_cannot_be_read_leaves_the_old_report(here: Path):
     (here / "configs" / "twin.yaml").write_text(UNIFORM)
     with (here / "params.yaml").open("a") as file:
         file.write("scales: {full: {studies: [twin]}}\n")
-    with pytest.raises(config.ConfigError, match="another study has a claim"):
+    with pytest.raises(config.ConfigError, match="uniform2d has a claim '004-a' too"):
         report.run()
     assert before == {path: path.read_bytes() for path in (here / "reports").rglob("*.*")}
 
@@ -376,7 +419,7 @@ def test_a_claim_of_a_study_that_does_not_run_is_listed(here: Path):
     with (here / "params.yaml").open("a") as file:
         file.write("scales: {full: {studies: [uniform2d]}}\n")
     report.run()
-    assert "| 004-a |" in _text() and "| *not run* |" in _text() and "study `uniform2d`" in _text()
+    assert "- 004-a (`uniform2d`): More λ" in _text() and "<summary>1 not run</summary>" in _text()
 
 
 def test_identities_and_errata_are_shown(full: dict[str, bytes]):
@@ -438,15 +481,15 @@ def test_a_study_whose_cells_all_diverged_still_gives_a_report(here: Path):
     assert "No cell was evaluated" in _text() and "| `tiny` | diverged | plain AE | 0, 1, 2 | 3 |" in _text()
 
 
-@pytest.mark.parametrize("left", ["grid", "winner", "neither"])
+@pytest.mark.parametrize("left", ["grid", "search", "neither"])
 def test_a_side_that_diverged_on_every_seed_still_gives_a_report(here: Path, left: str):
     workspace(here, digits=DIGITS)
     _edit("kl_weight", "search/winner.csv", lambda rows: rows[rows["side"] == left])
     report.run()
     lost = "On seeds 1, 2, 3, 4, 5 it diverged, so nothing is known of it on the test set."
-    assert (lost in _text()) == (left != "winner")
+    assert (lost in _text()) == (left != "search")
     unmeasured = "no setting of the grid was measured on these seeds to compare it with."
-    assert (unmeasured in _text()) == (left == "winner")
+    assert (unmeasured in _text()) == (left == "search")
 
 
 UP = "{metric: validation/bce_elbo, direction: up}"
@@ -490,9 +533,25 @@ def test_a_winners_gain_is_winner_minus_grid_by_seed(
 
 def test_seeds_that_only_one_side_has_are_no_part_of_the_gain(here: Path):
     workspace(here, digits=DIGITS)
-    _edit("kl_weight", "search/winner.csv", lambda sides: sides[(sides["side"] != "winner") | (sides["seed"] != 3)])
+    _edit("kl_weight", "search/winner.csv", lambda sides: sides[(sides["side"] != "search") | (sides["seed"] != 3)])
     report.run()
     assert "On the test set, with seeds 1, 2, it does not differ from the grid's best: 0.8 [−2.4, 3.9]" in _text()
+
+
+@pytest.mark.parametrize(("goal", "order"), [(UP, ["3", "1", "2"]), (DOWN, ["1", "3", "2"])])
+def test_finalists_are_ranked_by_their_means_and_one_without_a_value_is_last(here: Path, goal: str, order: list[str]):
+    workspace(here, digits=DIGITS)
+    (here / "configs" / "kl_weight.yaml").write_text(SEARCH.replace(UP, goal))
+    report.run()
+    rows = {beta: row for row in _section().splitlines() for beta in re.findall(r"^\| (?:search|grid) \| VAE, β = (\d)", row)}
+    assert list(rows) == order
+    assert rows["3"].startswith("| search") and rows["3"].endswith("| −102.0 ± 2.5 |")
+    assert rows["1"].startswith("| grid") and rows["1"].endswith("| −105.0 ± 2.5 |")
+    assert rows["2"].startswith("| search") and rows["2"].endswith("| no value on 1 of 3 seeds |")
+    highest = f"{'highest' if goal == UP else 'lowest'} {'−(cross-entropy + KL)' if goal == UP else 'reconstruction'} (nats)"
+    chosen = f"of the 2 best trials the one with the {highest} on validation data, in the mean over seeds 6, 7, 8."
+    assert chosen in _section()
+    assert re.search(rf"The grid's best is [^.]*\S+, with the {re.escape(highest)} on validation data\.", _section())
 
 
 def _section() -> str:
@@ -515,8 +574,8 @@ def test_a_searchs_cost_stands_beside_the_whole_grids(here: Path):
     artifacts.write_json(path, artifacts.read_json(path) | {"updates_spent": 4000, "grid_updates": 9000, "updates": 400})
     report.run()
     assert (
-        "*Outcome:* 19 trials were trained to the end, 0 left at a rung, 1 failed; 4 cells of the grid began it. They cost as "
-        "much as 10 trainings to the end, where 20 trials were drawn; the 6 cells of `digits` cost 22.5."
+        "*Outcome:* 19 trials were trained to the end, 0 left at a rung, 1 failed; 4 cells of the grid began it. 20 trials "
+        "cost as much as 10 trainings to the end, the finalists 6 more; the 6 cells of `digits` cost 22.5."
     ) in _text()
 
 
@@ -563,7 +622,7 @@ def test_empty_files_still_give_a_report(here: Path):
     for path in [*Path("runs/tiny").rglob("*.csv")]:
         artifacts.write_table(path, pd.DataFrame())
     report.run()
-    assert "| `tiny` | missing | plain AE | 0, 1, 2 | – |" in _text()
+    assert "| `tiny` | missing | plain AE | 0, 1, 2 |\n" in _text()
 
 
 @pytest.mark.parametrize("arms", ["vae: {beta: [0.01, 0.1]}", "ae: {}", "ae_code_l2: {beta: [1]}, kl_only: {beta: [1, 2]}"])
@@ -578,6 +637,7 @@ def test_few_seeds_are_no_error(here: Path, seeds: str):
     workspace(here, tiny=TINY.replace("[0, 1, 2]", seeds))
     report.run()
     assert "nan" not in _text().lower()
+    assert ("does not measurably differ in" in _text()) == (seeds != "[0]")  # of one seed nothing is told
 
 
 def test_more_axes_than_figures_have_are_fixed_and_said(here: Path):

@@ -53,8 +53,9 @@ def run() -> None:
     folder = Path(settings.reports)
     studies = [results.load_study(name, folder) for name in settings.studies]
     searches = [results.load_search(name, search, folder) for name, search in load_listed(settings).items()]
-    known = {name: config.load_study(name) for name in settings.known_studies}
-    entries = claims.ledger(known, {of_study.name: of_study.measured for of_study in studies if len(of_study.metrics)})
+    known = config.load_known(settings)
+    measured = {of_study.name: of_study.measured if len(of_study.metrics) else None for of_study in studies}
+    entries = claims.ledger(known, measured)
     gallery = Gallery(folder, "all")
     parts = [
         _head(studies, searches, ledger.section(entries, _ledger_figure(entries, gallery)) if entries else ""),
@@ -76,13 +77,16 @@ def _of(entries: Sequence[claims.Entry], study: str) -> list[claims.Entry]:
 
 
 def _ledger_figure(entries: Sequence[claims.Entry], gallery: Gallery) -> str:
-    decided = [entry for entry in entries if not math.isnan(entry.effect.low)]
+    decided = [entry for entry in entries if not math.isnan(entry.margin.low)]
     if not decided:
         return ""
-    columns = ["id", "source", "verdict", "effect", "low", "high"]
-    rows = [[e.claim.id, e.claim.source.split(",")[0], e.verdict, *e.effect[:3]] for e in decided]
+    columns = ["id", "source", "verdict", "effect", "margin", "low", "high"]
+    rows = [
+        [e.claim.id, e.claim.source.split(",")[0], e.verdict, intervals.with_bounds(e.effect), *e.margin[:3]] for e in decided
+    ]
     caption = (
-        "All effects with their 95% intervals, each scaled by its interval's far end; blue supported, orange contradicted."
+        "By how much each claim holds in its weakest part, with 95% intervals, each scaled by its interval's far end: to the "
+        "right of 0 it holds. Blue is supported, orange contradicted, grey undecided; the numbers are the effects."
     )
     return gallery.show("ledger", figures.ledger(pd.DataFrame(rows, columns=columns)), caption)
 
@@ -125,8 +129,9 @@ def _problems(studies: Sequence[StudyResults]) -> str:
         return md.join("## Cells to be wary of", "None: no cell diverged, is unconverged, or is missing.")
     left = len(rows) - MOST_PROBLEMS
     more = f"… and {left} settings more, in `runs/<study>/train/manifest.csv`." if left > 0 else ""
-    header = ["study", "what", "setting", "seeds", "at update"]
-    return md.join("## Cells to be wary of", md.table(header, rows[:MOST_PROBLEMS]), more)
+    header, diverged = ["study", "what", "setting", "seeds", "at update"], any(row[1] == "diverged" for row in rows)
+    shown = [row if diverged else row[:-1] for row in [header, *rows[:MOST_PROBLEMS]]]
+    return md.join("## Cells to be wary of", md.table(shown[0], shown[1:]), more)
 
 
 def _problem_rows(results: StudyResults) -> list[list[str]]:
@@ -166,16 +171,8 @@ def _missing(results: StudyResults) -> list[dict[str, Any]]:
     return [{**row, "beta": math.nan if row["beta"] is None else row["beta"]} for row in lost]
 
 
-def _identity(row: dict[str, Any], columns: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(_exact(row[column]) for column in columns)
-
-
-def _exact(value: Any) -> str:
-    """`1`, `1.0` and `"1"` are one value, and so are None and NaN."""
-    try:
-        return "" if value is None or math.isnan(float(value)) else repr(float(value))
-    except ValueError:
-        return str(value)
+def _identity(row: dict[str, Any], columns: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple("" if pd.isna(row[column]) else config.exact(row[column]) for column in columns)
 
 
 def _flags(manifest: pd.DataFrame) -> pd.Series:
