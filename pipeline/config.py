@@ -9,9 +9,10 @@ import contextlib
 import difflib
 import itertools
 import json
+import math
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -72,8 +73,10 @@ ArmName = Literal["vae", "ae", "ae_code_l2", "ae_as_published", "kl_only"]
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Level = Annotated[float, Field(ge=0, le=1e6)]  # whose square is far from overflow in float32
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
+Width = Annotated[int, Field(gt=0, le=10**6)]  # so that a layer's bytes are a number that torch can refuse
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]
@@ -138,7 +141,7 @@ class Data(Strict):
 class Model(Strict):
     """The network of every cell; the decoder mirrors the encoder."""
 
-    hidden: tuple[Count, ...] = Field(description="widths of the encoder's hidden layers; empty for a linear network")
+    hidden: tuple[Width, ...] = Field(description="widths of the encoder's hidden layers; empty for a linear network")
     activation: ActivationName = Field("relu", description="between layers, never after the last one")
     decoder_activation: ActivationName | None = Field(None, description="between the decoder's layers, if not `activation`")
     likelihood: Literal["bernoulli", "gaussian"] = Field(description="what R, the reconstruction term, is the negative log of")
@@ -163,10 +166,10 @@ class ArmAxes(Strict):
 class Grid(Strict):
     """The axes of a study; its cells are the product of the axes that each arm has."""
 
-    latent_dim: axis(Count)
+    latent_dim: axis(Width)
     l2: axis(NonNegative) = Field((0.0,), description="λ: weight of the summed squares of all weight matrices")
     sigma2: axis(Positive | Literal["learned"]) = Field((1.0,), description="σ² of a Gaussian likelihood")
-    train_noise: axis(NonNegative) = Field((0.0,), description="level of the noise on training images that `train.noise` names")
+    train_noise: axis(Level) = Field((0.0,), description="level of the noise on training images that `train.noise` names")
     learning_rate: axis(Positive) = Field((1e-3,), description="of Adam, before the schedule")
     seed: axis(Seed) = Field((0, 1, 2, 3, 4), description="decides initial weights, batch order and ε")
     arms: dict[ArmName, ArmAxes] = Field(min_length=1)
@@ -227,7 +230,7 @@ class Noise(Strict):
     """Corruption of the test inputs."""
 
     kind: NoiseName
-    levels: axis(NonNegative)
+    levels: axis(Level)
 
     @model_validator(mode="after")
     def _shares_are_shares(self) -> Noise:
@@ -378,7 +381,7 @@ class CountIs(Test):
     """The measure, a count, is a number, or the value of an axis at each of its values."""
 
     kind: Literal["count"]
-    number: Annotated[int, Field(ge=0)] | str
+    number: Annotated[int, Field(ge=0, lt=2**31)] | str
 
     @property
     def varied(self) -> dict[str, int]:
@@ -442,11 +445,7 @@ class Study(Strict):
     @property
     def size(self) -> int:
         """The number of cells."""
-        grid, size = self.grid, 1
-        axes = grid.latent_dim, grid.l2, grid.sigma2, grid.train_noise, grid.learning_rate, grid.seed
-        for values in (*axes, *self.data.axes.values()):
-            size *= len(values)
-        return size * sum(len(arm.beta) * len(arm.anneal) for arm in grid.arms.values())
+        return sum(math.prod(map(len, self.axes_of(arm).values())) for arm in self.grid.arms)
 
 
 class Scale(Strict):
@@ -481,6 +480,12 @@ class Settings(Scale):
         return [*self.searches, *self.searches_alone]
 
     @property
+    def known_searches(self) -> list[str]:
+        """The searches that run, and those of the other scales."""
+        scales = (self, *self.scales.values())
+        return list(dict.fromkeys(name for scale in scales for name in [*scale.searches, *scale.searches_alone]))
+
+    @property
     def known_studies(self) -> list[str]:
         """The studies that run, and those of the other scales."""
         return list(dict.fromkeys([*self.studies, *(name for scale in self.scales.values() for name in scale.studies)]))
@@ -509,16 +514,29 @@ def load_study(name: str, folder: Path = CONFIG_FOLDER) -> Study:
     return study
 
 
-def claims_about(name: str) -> list[tuple[str, dict[str, Choice]]]:
-    """Ids of the claims of known studies that are about cells of this one, with which cells those are.
+def load_known(settings: Settings, folder: Path = CONFIG_FOLDER) -> dict[str, Study]:
+    """The studies of all scales by name. Raises ConfigError, also where two have a claim of one id."""
+    studies, owners = {name: load_study(name, folder) for name in settings.known_studies}, {}
+    for name, claim in ((name, claim) for name, study in studies.items() for claim in study.claims):
+        if owners.setdefault(claim.id, name) != name:
+            raise ConfigError(f"{config_path(name, folder)}: claims: {owners[claim.id]} has a claim '{claim.id}' too")
+    return studies
+
+
+About = Sequence[tuple[str, Test, Mapping[str, Choice]]]
+"""Claims that are about some cells: id, test, and the side of the test that chooses them."""
+
+
+def claims_about(name: str) -> About:
+    """Claims of known studies that are about cells of this one.
 
     A study that cannot be read has none here: what reads it for its own sake says why.
     """
     found = []
     for study in load_settings().known_studies:
         with contextlib.suppress(ConfigError):
-            sides = [(claim.id, side) for claim in load_study(study).claims for side in claim.test.sides]
-            found += [(claim_id, side) for claim_id, side in sides if side.get("study", study) == name]
+            sides = [(claim.id, claim.test, side) for claim in load_study(study).claims for side in claim.test.sides]
+            found += [about for about in sides if about[-1].get("study", study) == name]
     return found
 
 
@@ -537,7 +555,7 @@ def _check_test(test: Test, name: str, studies: Mapping[str, Study]) -> None:
 
 def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether no axis that both name, nor the metric, tells the cells of two sides apart."""
-    return all(set(map(_exact, choices(one[key]))) & set(map(_exact, choices(other[key]))) for key in one if key in other)
+    return all(set(map(exact, choices(one[key]))) & set(map(exact, choices(other[key]))) for key in one if key in other)
 
 
 def _check_metrics(metrics: tuple, study: Study) -> None:
@@ -589,10 +607,15 @@ def choices(choice: Any) -> tuple:
     return choice if isinstance(choice, tuple) else (choice,)
 
 
-def chooses(side: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    """Whether a side of a test is about a cell with these values. An axis that the cell lacks does not restrict it."""
+def chooses(side: Mapping[str, Any], row: Mapping[str, Any], over: Iterable[str] = ()) -> bool:
+    """Whether a side of a test is about a cell with these values.
+
+    A cell without an axis of `over`, which the test goes over, is never chosen; another axis that it lacks does not matter.
+    """
+    if any(_lacks(row, axis) for axis in over):
+        return False
     axes = {axis: choice for axis, choice in side.items() if axis not in ("metric", "study") and not _lacks(row, axis)}
-    return all(_exact(row[axis]) in map(_exact, choices(choice)) for axis, choice in axes.items())
+    return all(exact(row[axis]) in map(exact, choices(choice)) for axis, choice in axes.items())
 
 
 def _lacks(row: Mapping[str, Any], axis: str) -> bool:
@@ -600,7 +623,7 @@ def _lacks(row: Mapping[str, Any], axis: str) -> bool:
     return value is None or value != value
 
 
-def _exact(value: Scalar) -> float | str:
+def exact(value: Scalar) -> float | str:
     """`1`, `1.0` and `"1"` are one value."""
     try:
         return float(value)

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from pydantic import Field, ValidationError, create_model
 
-from pipeline.config import CONFIG_FOLDER, ConfigError, Count, Data, NonNegative, Seed, Share, Strict, VaesweepError, nearest
+from pipeline.config import CONFIG_FOLDER, ConfigError, Data, Level, Seed, Share, Strict, VaesweepError, Width, nearest
 from pipeline.grid import AXES, data_points
 
 SPLITS = ("train", "validation", "test")
@@ -38,6 +38,8 @@ DIGITS = tuple("0123456789")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 ANKLE_BOOT = FASHION.index("Ankle boot")
 QUADRANTS = ("lower left", "lower right", "upper left", "upper right")
+Rows = Annotated[int, Field(ge=2, lt=2**31)]
+"""Of a split: what is measured of neighbours and of pairs needs two."""
 SHA256 = {
     "MNIST": {
         "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -53,6 +55,7 @@ SHA256 = {
     },
 }
 """The unpacked IDX files of each torchvision dataset, by content: its own checksums cover only the packed downloads."""
+LARGEST = 16 + 60_000 * 28 * 28  # bytes of the largest of them
 
 Binarise = Literal["none", "fixed", "dynamic"]
 Classes = Annotated[tuple[Annotated[int, Field(ge=0, le=9)], ...], Field(min_length=1)]
@@ -184,7 +187,7 @@ def _first_line(data: Data, error: ValidationError) -> str:
 
 
 @dataset
-def uniform2d(*, train: Count = 2000, validation: Count = 500, test: Count = 2000, seed: Seed = 0) -> Dataset:
+def uniform2d(*, train: Rows = 2000, validation: Rows = 500, test: Rows = 2000, seed: Seed = 0) -> Dataset:
     """Points spread evenly over the unit square, labelled by quadrant (source 004)."""
     rows = {"train": train, "validation": validation, "test": test}
     points = {split: _stream(seed, split, 0).random((count, 2)) for split, count in rows.items()}
@@ -195,14 +198,14 @@ def uniform2d(*, train: Count = 2000, validation: Count = 500, test: Count = 200
 @dataset
 def manifold(
     *,
-    manifold_dim: Count = 2,
-    ambient_dim: Count = 50,
-    hidden: Count = 200,
-    noise_std: NonNegative = 0.05,
+    manifold_dim: Width = 2,
+    ambient_dim: Width = 50,
+    hidden: Width = 200,
+    noise_std: Level = 0.05,
     outlier_ratio: Share = 0.0,
-    train: Count = 5000,
-    validation: Count = 500,
-    test: Count = 2000,
+    train: Rows = 5000,
+    validation: Rows = 500,
+    test: Rows = 2000,
     seed: Seed = 0,
 ) -> Dataset:
     """A manifold of known dimension: z ~ N(0, I) through a fixed random ReLU network, the setting of [3] in source 002.
@@ -270,9 +273,9 @@ class Images(NamedTuple):
 def digits5k(
     *,
     classes: Classes | None = None,
-    validation: Count | None = None,
-    test: Count | None = None,
-    limit: Count | None = None,
+    validation: Rows | None = None,
+    test: Rows | None = None,
+    limit: Rows | None = None,
     binarise: Binarise = "none",
     seed: Seed = 0,
 ) -> Dataset:
@@ -294,8 +297,8 @@ def mnist(
     root: Path,
     *,
     classes: Classes | None = None,
-    validation: Count | None = None,
-    limit: Count | None = None,
+    validation: Rows | None = None,
+    limit: Rows | None = None,
     binarise: Binarise = "none",
     seed: Seed = 0,
 ) -> Dataset:
@@ -308,8 +311,8 @@ def fashion_mnist(
     root: Path,
     *,
     classes: Classes | None = None,
-    validation: Count | None = None,
-    limit: Count | None = None,
+    validation: Rows | None = None,
+    limit: Rows | None = None,
     binarise: Binarise = "none",
     seed: Seed = 0,
 ) -> Dataset:
@@ -319,7 +322,7 @@ def fashion_mnist(
 
 @dataset
 def fashion_boots(
-    root: Path, *, validation: Count | None = None, limit: Count | None = None, binarise: Binarise = "none", seed: Seed = 0
+    root: Path, *, validation: Rows | None = None, limit: Rows | None = None, binarise: Binarise = "none", seed: Seed = 0
 ) -> Dataset:
     """The ankle boots of Fashion-MNIST, 6,000 and 1,000 images (source 002, section 4.2)."""
     return _downloaded(root, "FashionMNIST", FASHION, (ANKLE_BOOT,), validation, limit, binarise, seed)
@@ -429,9 +432,9 @@ def idx_files(root: Path, collection: str) -> dict[str, UInt8[np.ndarray, ...]]:
 
 def _content(unpacked: Path, expected: str) -> bytes | None:
     """What a file holds, packed or not; None where neither is whole."""
-    for path, unpack in ((unpacked, bytes), (unpacked.with_name(f"{unpacked.name}.gz"), gzip.decompress)):
-        with contextlib.suppress(OSError, EOFError, zlib.error):
-            content = unpack(path.read_bytes())
+    for path, opened in ((unpacked, open), (unpacked.with_name(f"{unpacked.name}.gz"), gzip.open)):
+        with contextlib.suppress(OSError, EOFError, zlib.error), opened(path, "rb") as file:
+            content = file.read(LARGEST + 1)  # a small packed file may hold more than memory does
             if hashlib.sha256(content).hexdigest() == expected:
                 return content
     return None

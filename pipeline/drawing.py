@@ -94,7 +94,7 @@ def is_ours(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             return image.info.get("Software") == MAKER
-    except (OSError, ValueError, SyntaxError):  # as PIL refuses what is no picture
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # as PIL refuses what is no picture of ours
         return False
 
 

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from project import PARAMS, write_project
 from ruamel.yaml import YAML
+from tiny import SEARCH, STUDY
 
 from pipeline import cli
 from pipeline.artifacts import read_json
@@ -134,7 +136,7 @@ def test_every_stage_depends_on_its_own_code():
 
 
 def test_code_digests_what_a_stage_imports_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(write_project(tmp_path / "work"))
     code.run()
     digests = {name: read_json(Path("code") / f"{name}.json") for name in code.STAGES}
     metrics = (ROOT / "pipeline" / "metrics.py").read_bytes()
@@ -142,6 +144,25 @@ def test_code_digests_what_a_stage_imports_and_nothing_else(tmp_path, monkeypatc
     assert digests["evaluate"]["pipeline.metrics"] == hashlib.sha256(metrics).hexdigest()
     assert {"pipeline.mlp", "pipeline"} <= set(digests["prepare"]), "an import of an import counts too, and its package"
     assert {"pipeline.trainer", "pipeline.stages.train"} <= set(digests["train"]) and "pipeline.figures" not in digests["train"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tiny", STUDY.replace("hidden", "hiden"), "configs/tiny.yaml: model.hiden: unknown key"),
+        ("hunt", SEARCH.replace("trials", "trails"), "configs/hunt.yaml: trails: unknown key"),
+        ("other", STUDY.replace("limit: 300", "limitt: 300"), "configs/other.yaml: data.limitt: unknown option"),
+        ("other", "", "there is no config 'other'"),
+    ],
+)
+def test_a_wrong_config_of_any_scale_is_told_before_any_stage_runs(tmp_path, monkeypatch, name, text, message):
+    monkeypatch.chdir(write_project(tmp_path / "work"))
+    if text:
+        Path("configs", f"{name}.yaml").write_text(text)
+    if name == "other":
+        Path("params.yaml").write_text(PARAMS.replace("scales: {}", "scales: {more: {studies: [other]}}"))
+    result = CliRunner().invoke(main, ["code"])
+    assert result.exit_code == 1 and message in result.output and not Path("code").exists()
 
 
 def test_every_stage_is_one_plain_command():

@@ -50,7 +50,7 @@ def rows(x: torch.Tensor) -> list[bytes]:
         ({"name": "digits5k", "classes": [3, 3]}, r"data\.classes: no value may stand twice, but got \[3, 3\]"),
         ({"name": "digits5k", "classes": []}, r"data\.classes: .* at least 1 item"),
         ({"name": "digits5k", "seed": True}, r"data\.seed: .* valid integer, but got True"),
-        ({"name": "mnist", "validation": 0}, r"data\.validation: .* greater than 0, but got 0"),
+        ({"name": "mnist", "validation": 0}, r"data\.validation: .* greater than or equal to 2, but got 0"),
         ({"name": "digits5k", "binarise": "static"}, r"data\.binarise: .* 'none', 'fixed' or 'dynamic', but got 'static'"),
         ({"name": "mnist", "limit": 1.5}, r"data\.limit: .* valid integer, but got 1\.5"),
         ({"name": "uniform2d", "train": "9"}, r"data\.train: .* valid integer, but got '9'"),

@@ -1,7 +1,8 @@
-"""`code`: what each stage's program is made of.
+"""`code`: whether all configs are sound, before anything is spent, and what each stage's program is made of.
 
 DVC follows no imports, so a stage depends on the digests of all files that its own imports, directly or not, and of the
-packages that these lie in.
+packages that these lie in. And DVC puts the names of `params.yaml` into command lines, which this stage, as all others depend
+on it, checks before.
 """
 
 from __future__ import annotations
@@ -13,12 +14,20 @@ from pathlib import Path
 import grimp
 
 from pipeline.artifacts import write_json
+from pipeline.config import load_known, load_settings
+from pipeline.datasets import check_config
+from pipeline.searches import load_listed
 
 STAGES = ("prepare", "train", "evaluate", "prune", "search", "report")
 
 
 def run() -> None:
-    """Writes `code/<stage>.json`: the SHA-256 of every module's file, by module."""
+    """Writes `code/<stage>.json`: the SHA-256 of every module's file, by module. Raises ConfigError."""
+    settings = load_settings()
+    studies, searches = load_known(settings), load_listed(settings)
+    data = {name: found.data for name, found in [*studies.items(), *searches.items()] if found.data}
+    for name, section in data.items():
+        check_config(name, section)
     graph = grimp.build_graph("pipeline", cache_dir=None)
     for stage in STAGES:
         own = f"pipeline.stages.{stage}"

@@ -1,11 +1,13 @@
 """Faults that are made for real, and a table of what came of them."""
 
+import fcntl
+import os
 import shutil
 import subprocess
 from collections import defaultdict
 
 import pytest
-from project import LONG, make_database, run, write_clone, write_project
+from project import LONG, make_database, outputs, run, write_clone, write_project
 from tabulate import tabulate
 from tiny import STUDY
 
@@ -31,12 +33,43 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """Makes a folder under a name, for all processes of this run of pytest."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def made(name, make):
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (shared / f"{name}.made").exists():
+                shutil.rmtree(shared / name, ignore_errors=True)  # of one that failed
+                make(shared / name)
+                (shared / f"{name}.made").touch()
+        return shared / name
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def prepared(made_once):
     """A folder with the tiny study, its data prepared, and MLflow's database."""
-    folder = write_project(tmp_path_factory.mktemp("prepared") / "work")
-    run(folder, "vaesweep", "prepare", "tiny")
-    make_database(folder)
-    return folder
+
+    def make(folder):
+        run(write_project(folder), "vaesweep", "prepare", "tiny")
+        make_database(folder)
+
+    return made_once("prepared", make)
+
+
+@pytest.fixture(scope="session")
+def trained_outputs(made_once, prepared):
+    """What an uninterrupted training of the tiny study leaves, by file."""
+
+    def make(folder):
+        shutil.copytree(prepared, folder)
+        run(folder, "vaesweep", "train", "tiny", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+
+    return outputs(made_once("trained", make))
 
 
 @pytest.fixture
@@ -51,18 +84,25 @@ def make_project(prepared):
     return make
 
 
-@pytest.fixture(scope="session")
-def prepared_clone(tmp_path_factory):
-    """The whole project, in which `dvc` has prepared the data of the long study, and MLflow's database."""
-    folder = write_clone(tmp_path_factory.mktemp("prepared") / "clone", LONG)
-    run(folder, "dvc", "repro", "prepare@tiny")
-    make_database(folder)
-    return folder
+@pytest.fixture
+def make_clone(made_once, prepared, tmp_path):
+    """A clone of the whole project with a study of the tiny one's data, which `dvc` has prepared, and MLflow's database."""
+
+    def make(folder):
+        run(write_clone(folder, LONG), "dvc", "repro", "prepare@tiny")
+        shutil.copyfile(prepared / "mlflow.db", folder / "mlflow.db")
+
+    def copied(study):
+        folder = shutil.copytree(made_once("clone", make), tmp_path / "clone")
+        (folder / "configs" / "tiny.yaml").write_text(study)
+        return folder
+
+    return copied
 
 
 @pytest.fixture
-def long_clone(prepared_clone, tmp_path):
-    return shutil.copytree(prepared_clone, tmp_path / "clone")
+def long_clone(make_clone):
+    return make_clone(LONG)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from project import PARAMS, environment, ran, write_project
+from project import PARAMS, environment, ran, write_clone, write_project
 from tiny import SEARCH, STUDY, drive
 
 from pipeline import datasets
@@ -77,6 +77,7 @@ STUDIES = [
     ("limit: 300", "axes: {limit: [300, 300]}", "data: axes.limit: no value may stand twice, but got [300, 300]"),
     ("limit: 300", "axes: {limit: []}", "data.axes.limit: Tuple should have at least 1 item"),
     ("name: digits5k", "name: digits6k", "data.name: there is no dataset 'digits6k' (did you mean 'digits5k'?)"),
+    ("test: 60", "test: 1", "data.test: Input should be greater than or equal to 2, but got 1"),
     ("limit: 300", "limitt: 300", "data.limitt: unknown option of dataset 'digits5k' (did you mean 'limit'?)"),
     ("limit: 300", "limit: .nan", "data.limit: "),
     ("limit: 300", "binarise: sometimes", "data.binarise: Input should be 'none', 'fixed' or 'dynamic', but got 'sometimes'"),
@@ -84,6 +85,7 @@ STUDIES = [
     ("limit: 300", "axes: {seed: [1, 2]}", "data.axes.seed: this name is a cell's own axis"),
     ("hidden: [16]", "hidden: [0]", "model.hidden.0: Input should be greater than 0, but got 0"),
     ("hidden: [16]", "hidden: 16", "model.hidden: Input should be a valid array, but got 16"),
+    ("hidden: [16]", "hidden: [2000000]", "model.hidden.0: Input should be less than or equal to 1000000, but got 2000000"),
     ("hidden: [16]", "hiden: [16]", "model.hiden: unknown key (did you mean 'hidden'?)"),
     (
         "likelihood: bernoulli",
@@ -101,10 +103,11 @@ STUDIES = [
     ("batch_size: 32", "clip_norm: 0", "train.clip_norm: Input should be greater than 0, but got 0"),
     ("updates: 30", f"updates: 1{400 * '0'}", "train.updates: "),
     ("updates: 30", "updates: 2147483648", "train.updates: Input should be less than 2147483648"),
-    ("latent_dim: [2, 3]", f"latent_dim: [1{30 * '0'}]", "grid.latent_dim.0: Input should be less than 2147483648"),
+    ("latent_dim: [2, 3]", f"latent_dim: [1{30 * '0'}]", "grid.latent_dim.0: Input should be less than or equal to 1000000"),
     ("batch_size: 32", "noise: {kind: gaussian}", "train.noise says what kind of noise grid.train_noise has levels of"),
     ("batch_size: 32", "learning_rate_schedule: {kind: steps}", "kind 'steps', and it alone, needs `at`"),
     ("levels: [0, 0.3]", "levels: [-0.3]", "evaluate.noise.0.levels.0: Input should be greater than or equal to 0"),
+    ("levels: [0, 0.3]", "levels: [1.0e+39]", "evaluate.noise.0.levels.0: Input should be less than or equal to 1000000"),
     ("kind: gaussian, levels: [0, 0.3]", "kind: erased_block, levels: [2]", "levels of 'erased_block' are shares, at most 1"),
     ("title: A tiny study", "title: ''", "title: String should have at least 1 character"),
     ("title: A tiny study", f"title: {'x' * 600}", "title: String should have at most 200 characters"),
@@ -134,6 +137,7 @@ STUDIES = [
         "it holds more than 50000 values",
     ),
     ("title: A tiny study", "title: A tiny study\n# " + 300_000 * "x", "it has 300"),
+    ("kind: monotone", f"kind: count, number: 1{400 * '0'}", "claims.0.test"),
     ("id: a", "id: a/b", "claims.0.id: String should match pattern"),
     ("id: a", "id: 'x\ny'", "claims.0.id: String should match pattern"),
     ("id: a", f"id: {'x' * 65}", "claims.0.id: String should match pattern"),
@@ -167,7 +171,8 @@ SEARCHES = [
         "a search never sees the test set",
     ),
     ("metric: validation/kl", "metric: validation/kll", "there is no metric 'validation/kll' to search by"),
-    ("seeds: [1, 2]", "seeds: [0]", "winner.seeds: must be others than `seed`"),
+    ("test_seeds: [1, 2]", "test_seeds: [0]", "winner: `validation_seeds` and `test_seeds` must be others than `seed`"),
+    ("validation_seeds: [3]", "validation_seeds: [2]", "others than `seed` and each other, but share 2"),
     ("study: tiny", "study: tinny", "there is no config 'tinny' (did you mean 'tiny'?)"),
 ]
 SETTINGS = [
@@ -291,6 +296,16 @@ def test_a_hostile_name_is_refused_wherever_a_name_stands(project, name, figure)
             assert str(refused.value).isprintable()
         path.write_text(right)
     figure(f"a name, refused for its pattern at {sum(map(len, PLACES.values()))} places, and as a file's")
+
+
+def test_a_name_that_a_shell_would_run_is_refused_before_dvc_puts_it_into_a_command(tmp_path, figure):
+    folder, name = write_clone(tmp_path / "clone"), "x; touch PWNED"
+    (folder / "configs" / f"{name}.yaml").write_text(STUDY)
+    (folder / "params.yaml").write_text(PARAMS.replace("studies: [tiny]", f"studies: [tiny, {quote(name)}]"))
+    done = ran(folder, "dvc", "repro")
+    assert done.returncode != 0 and "params.yaml: studies.1: String should match pattern" in done.stderr, done
+    assert not list(folder.rglob("PWNED"))
+    figure("refused by the first stage; nothing was run")
 
 
 TEXTS = [

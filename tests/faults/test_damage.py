@@ -5,8 +5,11 @@ import os
 import pickle  # noqa: TID251, to make payloads
 import random
 import re
+import struct
 import subprocess
 import sys
+import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import pandas as pd
@@ -14,11 +17,11 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from project import ROOT, outputs, ran, run, run_in_turn, write_clone, write_project
+from project import ROOT, outputs, ran, run, run_in_turn, write_project
 from scale import ALL, times
-from tiny import SEARCH, drive
+from tiny import SEARCH, STUDY, drive
 
-from pipeline import artifacts
+from pipeline import artifacts, drawing
 from pipeline.artifacts import ArtifactError, CellStore
 from pipeline.config import ConfigError, Study, load_strict
 from pipeline.stages import train
@@ -30,7 +33,11 @@ READERS = {
     "a.safetensors": (artifacts.read_tensors, ArtifactError),
     "b.safetensors": (artifacts.read_about, ArtifactError),
     "a.yaml": (lambda path: load_strict(Study, path), ConfigError),
+    "a.png": (drawing.is_ours, ()),
 }
+HEAD = b"IHDR" + struct.pack(">II5B", 20_000, 20_000, 8, 2, 0, 0, 0)
+BOMB = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + HEAD + struct.pack(">I", zlib.crc32(HEAD))
+"""A picture that would take more memory than PIL gives it."""
 
 
 @pytest.fixture
@@ -89,9 +96,8 @@ def test_weights_truncated_or_flipped_anywhere_are_caught_and_trained_anew(works
 
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
-def test_weights_damaged_at_equal_size_and_time_stop_what_reads_them_and_are_trained_anew(tmp_path, figure):
-    folder = write_project(tmp_path / "work")
-    run(folder, "vaesweep", "prepare", "tiny")
+def test_weights_damaged_at_equal_size_and_time_stop_what_reads_them_and_are_trained_anew(make_project, tmp_path, figure):
+    folder = make_project(tmp_path / "work")
     run(folder, "vaesweep", "train", "tiny", **AWAY)
     path = sorted((folder / "runs/tiny/train/weights").iterdir())[0]
     whole, before = path.read_bytes(), path.stat()
@@ -120,30 +126,50 @@ from pipeline.cli import main
 FigureCanvasAgg.draw = FigureCanvasAgg.get_renderer  # empty pictures: they take most of the time, and read nothing
 
 if __name__ == "__main__":
-    plan = json.loads(sys.argv[1])
-    for name, commands in plan["readers"].items():
-        path = Path(name)
-        kept = path.read_bytes()
-        path.unlink()
-        path.write_bytes(bytes.fromhex(plan["payload"]))
+    payload, plan = bytes.fromhex(sys.argv[1]), json.loads(sys.argv[2])
+    for names, commands in plan:
+        kept = {Path(name): Path(name).read_bytes() for name in names}
+
+        def put(content):
+            for path in kept:
+                path.parent.mkdir(exist_ok=True)  # a damaged cell goes
+                path.unlink(missing_ok=True)  # not what it is linked to
+                path.write_bytes(content or kept[path])
+
         for command in commands:
+            put(payload)
             result = CliRunner().invoke(main, command)
-            assert result.exception is None or isinstance(result.exception, SystemExit), (path, command, result)
-        assert not list(Path().rglob("PWNED")), path
-        path.unlink(missing_ok=True)  # a damaged checkpoint goes
-        path.write_bytes(kept)
+            assert result.exception is None or isinstance(result.exception, SystemExit), (names, command, result)
+            assert not list(Path().rglob("PWNED")), (names, command)
+        put(None)
 """
 
 
 def _kind(path: Path) -> str:
-    """One for all cells."""
-    return re.sub(r"[0-9a-f]{16}", "*", path.as_posix())
+    """One for all cells, and for all pictures of a folder."""
+    return re.sub(r"[^/]+\.png$|[0-9a-f]{16}", "*", path.as_posix())
 
 
 def _writer(path: Path) -> int:
-    """How many stages have run once a file is written: those after it read it, and none writes it anew before."""
-    folders = ["prepared", "train", "evaluate", "prune", "search"]
-    return next((number for number, folder in enumerate(folders, 1) if folder in path.parts[:-1]), 0)
+    """How many stages have run before the first that reads a file, so that none writes it anew before it is read."""
+    folders = {"prepared": 1, "train": 2, "evaluate": 3, "prune": 4, "search": 5, "figures": 5}
+    return next((folders[part] for part in path.parts[:-1] if part in folders), 0)
+
+
+def _plants(folder: Path) -> list[list[Path]]:
+    """A file of each kind; those of the store together, as all stages read it, and none hides another of the same cell."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in (".md", ".db")]
+    kinds = defaultdict(list)
+    for path in files:
+        if "lock" not in path.name:
+            kinds[_kind(path.relative_to(folder))].append(path)
+    of_store, alone = [], []
+    for kind, paths in kinds.items():
+        if kind.startswith(".vaesweep/"):
+            of_store.append(next(path for path in paths if path.parent not in {other.parent for other in of_store}))
+        else:
+            alone.append([paths[0]])
+    return [of_store, *alone]
 
 
 class Payload:
@@ -152,9 +178,9 @@ class Payload:
 
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
-def test_weights_that_are_damaged_under_dvc_are_restored_by_the_next_run(tmp_path, figure):
+def test_weights_that_are_damaged_under_dvc_are_restored_by_the_next_run(make_clone, figure):
     """Also where DVC does not notice, because size and time are as they were."""
-    folder = write_clone(tmp_path / "clone")
+    folder = make_clone(STUDY)
     run(folder, "dvc", "repro", "evaluate@tiny", **AWAY)
     whole = outputs(folder)
     path = folder / "runs/tiny/train/weights" / next(name for name in whole if name.startswith("weights/")).split("/")[1]
@@ -171,7 +197,7 @@ def test_weights_that_are_damaged_under_dvc_are_restored_by_the_next_run(tmp_pat
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
 def test_a_pickle_is_run_nowhere(tmp_path, figure):
-    """A payload at every path that any stage reads, one at a time."""
+    """A payload at every path that any stage reads, anew before each command."""
     folder, payload = write_project(tmp_path / "work"), pickle.dumps(Payload())
     halved = SEARCH.replace("trials: 5\nbatch: 2", "trials: 8\nbatch: 4\nrungs: [0.3]\nhalving: 2")
     (folder / "configs/hunt.yaml").write_text(halved)
@@ -181,13 +207,10 @@ def test_a_pickle_is_run_nowhere(tmp_path, figure):
     store.save_fit("ab", 2)
     store.save_checkpoint(["cd"], {"w": torch.ones(1, 1)}, 10)
     assert all((store.root / kind).is_dir() for kind in ("checkpoints", "fits", "rungs", "unfinished"))
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in (".png", ".md", ".db")]
-    kinds = {_kind(path.relative_to(folder)): path for path in files if "lock" not in path.name}
-    commands = [*stages, ["plan", "tiny"], ["sync"], ["clean", "--dry-run"]]
-    readers = {str(path): commands[_writer(path.relative_to(folder)) :] for path in kinds.values()}
-    plan = {"payload": payload.hex(), "readers": readers}
-    run(folder, sys.executable, "-c", PLANTS, json.dumps(plan), **AWAY)
-    figure(f"{len(kinds)} kinds of files, run in none, a line of error or none at all")
+    plants, commands = _plants(folder), [*stages, ["plan", "tiny"], ["sync"], ["clean", "--dry-run"]]
+    plan = [(list(map(str, paths)), commands[_writer(paths[0].relative_to(folder)) :]) for paths in plants]
+    run(folder, sys.executable, "-c", PLANTS, payload.hex(), json.dumps(plan), **AWAY)
+    figure(f"{sum(map(len, plants))} kinds of files, run in none, a line of error or none at all")
 
 
 def test_the_linter_refuses_readers_that_can_run_code(tmp_path, figure):
@@ -204,6 +227,7 @@ def test_the_linter_refuses_readers_that_can_run_code(tmp_path, figure):
 @pytest.mark.parametrize("name", READERS)
 @example(b"[" * 100_000)
 @example(b":")
+@example(BOMB)
 @given(content=st.binary(max_size=400) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_any_bytes_are_read_or_refused_by_our_own_error(tmp_path_factory, name, content):
     read, error = READERS[name]

@@ -49,7 +49,8 @@ TRAIN = (
 import sys
 from pipeline.artifacts import CellStore, Folders, load_prepared
 from pipeline.config import load_settings, load_study
-from pipeline.executors import Workers, find_runtime
+from pipeline.devices import find_runtime
+from pipeline.executors import Workers
 from pipeline.grid import cells, identify
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
-from project import PARAMS, begin, begin_gated, finished, outputs, run, wait_until
+from project import PARAMS, begin, begin_gated, finished, outputs, run, run_in_turn, wait_until
 from scale import ALL, times
 
-from pipeline.tracking import MlflowTracker, ParentRecord, RunRecord, _mlflow
+from pipeline.records import ParentRecord, RunRecord
+from pipeline.tracking import MlflowTracker, _mlflow
 
 
 def free_port():
@@ -61,27 +62,25 @@ def cells_on(uri):
 
 ONE_BY_ONE = PARAMS.replace("device: cpu", "device: cpu, stack_size: 1")
 """Cells that end, and are published, one after another."""
-AWAY = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
 
 
 def check_synced(folder, uri):
     """A server has each cell once after `sync`, however often."""
-    for _ in range(2):
-        run(folder, "vaesweep", "sync", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
+    run_in_turn(folder, [["sync"], ["sync"]], MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
     counted, statuses = cells_on(uri)
     assert len(counted) == 1 + 8 and set(counted.values()) == {1} and statuses == {"FINISHED"}
 
 
 @pytest.mark.skipif(not ALL, reason="in `make faults`")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP], ids=lambda number: number.name)
-def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(make_project, tmp_path, number, figure, monkeypatch):
+def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(
+    make_project, trained_outputs, tmp_path, number, figure, monkeypatch
+):
     """Killed or ended until a call has failed, and started again before training ends; or stopped, so that it never answers."""
     monkeypatch.setenv("NO_PROXY", "*")
     folder, port = make_project(tmp_path / "work"), free_port()
     (folder / "params.yaml").write_text(ONE_BY_ONE)
     uri, gate = f"http://127.0.0.1:{port}", folder / "gate"
-    whole = shutil.copytree(folder, tmp_path / "whole")
-    run(whole, "vaesweep", "train", "tiny", **AWAY)
     (tmp_path / "server").mkdir()
     served = server(tmp_path / "server", port)
     training = begin_gated(folder, 3, "train", "tiny", MLFLOW_TRACKING_URI=uri, NO_PROXY="*")
@@ -95,11 +94,11 @@ def test_a_server_that_goes_in_mid_run_costs_no_training_and_no_cell(make_projec
     in_mid_run = training.poll() is None and finished(folder) < 8
     gate.write_text("9")
     wait_until((folder / "runs/tiny/train/about.json").exists)
-    trained = time.monotonic()
+    last_file = time.monotonic()
     _, errors = training.communicate()
-    ended_after = time.monotonic() - trained
+    ended_after = time.monotonic() - last_file
     assert training.returncode == 0 and line and in_mid_run and ended_after < 30, errors
-    assert outputs(folder) == outputs(whole)
+    assert outputs(folder) == trained_outputs
     if number == signal.SIGSTOP:
         os.killpg(served.pid, signal.SIGCONT)
     check_synced(folder, uri)
