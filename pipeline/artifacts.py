@@ -188,9 +188,18 @@ def read_about(path: Path) -> dict[str, Any]:
 def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
     with _reading(path, ValueError, RecursionError, SafetensorError):
         check_intact(path)
-        with safe_open(path, "pt", device=device) as file:
+        with _safe_open(path, device) as file:
             _check_format(path, _words(file))
             yield file
+
+
+def _safe_open(path: Path, device: str) -> Any:
+    """safetensors calls a missing file, as one that another process has just removed, a RuntimeError."""
+    try:
+        return safe_open(path, "pt", device=device)
+    except RuntimeError:
+        path.stat()
+        raise
 
 
 def _words(file: Any) -> dict[str, Any]:

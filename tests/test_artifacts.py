@@ -189,3 +189,11 @@ def test_a_link_replaces_what_was_there(tmp_path):
         (tmp_path / name).write_text(name)
     artifacts.link(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "a"
+
+
+def test_a_file_that_another_process_removes_while_it_is_opened_is_missing(tmp_path, monkeypatch):
+    path, check = tmp_path / "a.safetensors", artifacts.check_intact
+    artifacts.write_tensors(path, {"w": torch.ones(2)})
+    monkeypatch.setattr(artifacts, "check_intact", lambda checked: (check(checked), checked.unlink()))
+    with pytest.raises(artifacts.MissingError, match=r"a\.safetensors: is missing"):
+        artifacts.read_about(path)
