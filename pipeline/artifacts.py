@@ -74,6 +74,11 @@ def main_checkout(here: Path | None = None) -> Path:
     return here
 
 
+def in_main_checkout() -> bool:
+    """Whether this is no copy that DVC made for an experiment."""
+    return main_checkout() == Path.cwd().resolve()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a whole file or nothing: temporary file, fsync, rename. Raises ArtifactError."""
     temporary = None
@@ -247,6 +252,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, where they are not there yet. Raises ArtifactError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 def link(source: Path, target: Path) -> None:
     """Puts `source` at `target` too, as a hard link where the file system can, else as a copy. Raises ArtifactError."""
     try:
@@ -262,12 +275,13 @@ class Folders:
 
     def __init__(self, name: str):
         self.prepared = Path("data/prepared") / name
-        self.train = Path("runs") / name / "train"
-        self.evaluate = Path("runs") / name / "evaluate"
-        self.metrics = Path("runs") / name / "metrics.json"  # a file of its own, and so the next one: DVC shows only those
-        self.rate_distortion = Path("runs") / name / "rate_distortion.csv"
-        self.prune = Path("runs") / name / "prune"
-        self.search = Path("runs") / name / "search"
+        self.runs = Path("runs") / name
+        self.train = self.runs / "train"
+        self.evaluate = self.runs / "evaluate"
+        self.metrics = self.runs / "metrics.json"  # a file of its own, and so the next one: DVC shows only those
+        self.rate_distortion = self.runs / "rate_distortion.csv"
+        self.prune = self.runs / "prune"
+        self.search = self.runs / "search"
 
 
 class Progress(NamedTuple):

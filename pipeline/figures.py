@@ -432,7 +432,7 @@ def ledger(claims: pd.DataFrame) -> Figure:
         _draw_claim(axes[0, 0], claim)
     _label_claims(axes[0, 0], claims)
     drawing.label_edges(axes, "← contradicts      scaled by its interval's far end      supports →", "claim")
-    drawing.title(figure, "The claims: by how much each holds, with 95% intervals")
+    drawing.title(figure, "By how much each claim holds")
     figure.legend(handles=drawing.handles(VERDICT_COLOURS, marker="o"), loc="outside upper right", ncols=3)
     return figure
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts import Folders, read_json, read_table, read_tensors
+from pipeline.artifacts import Folders, in_main_checkout, read_json, read_table, read_tensors
 from pipeline.config import CONFIG_FOLDER, About, Model, Scalar, chooses, claims_about, load_study
 from pipeline.escaping import escape
 from pipeline.model import Autoencoder
@@ -58,7 +58,10 @@ class ParentRecord:
     tags: Mapping[str, str] = field(default_factory=dict)
     artifacts: Mapping[str, Path] = field(default_factory=dict)
     all_given: bool = False
-    """Whether the records beside it are all that it has; runs of earlier ones then are no longer `best`, nor of any claim."""
+    """Whether the records beside it are all that it has; runs of earlier ones then are no longer `best`, nor of any claim.
+
+    An experiment that DVC runs in a copy shows its runs beside those of the main checkout.
+    """
     status: str = "finished"
 
     def as_run(self) -> RunRecord:
@@ -89,7 +92,8 @@ def study_records(
 
     `claims` are those of `claims_about`, which reads many files. Raises ArtifactError where `train` has not run.
     """
-    all_given, trained = trained is None, trained or _read_trained(Folders(name).train)
+    all_given = trained is None and in_main_checkout()
+    trained = trained or _read_trained(Folders(name).train)
     parent = _parent(name, "study", trained.about, Folders(name).evaluate / "summary.csv")
     curves = _curves(trained.history)
     metrics = _metrics(name, trained.manifest)
@@ -230,7 +234,8 @@ def search_records(
         model = search.settled(study)[1]
         records = [_with_model(folder, record, partial(reconstruction, config=model)) for record in records]
     parent = _parent(name, "search", about, folder / "trials.csv")
-    return replace(parent, artifacts={**parent.artifacts, "pictures": folder / "pictures"}, all_given=True), records
+    shown = {**parent.artifacts, "pictures": folder / "pictures"}
+    return replace(parent, artifacts=shown, all_given=in_main_checkout()), records
 
 
 def _trial_record(search: str, row: dict[str, Any], about: dict[str, Any], curves: pd.DataFrame | None) -> RunRecord:

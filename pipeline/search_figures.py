@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pipeline import drawing
+from pipeline.config import Scalar
 from pipeline.searches import Goal, Search
 
 STATE_COLOURS = {"complete": "#0072b2", "pruned": "#bbbbbb", "failed": "#cc79a7", "grid": "#d55e00"}
@@ -177,7 +178,7 @@ def slices(search: Search, trials: pd.DataFrame) -> Figure:
                 _log_axis(ax, item.high / item.low)
             elif item.values is not None:
                 rows = rows.assign(**{name: rows[name].map(item.index)})
-                ax.set_xticks(range(len(item.values)), [drawing.ARM_LABELS.get(value, value) for value in item.values])
+                ax.set_xticks(range(len(item.values)), [_value_label(value) for value in item.values])
             for state, part in rows.groupby("state"):
                 _points(ax, part, name, goal.name, state)
             _mark_best(ax, rows, name, goal.name)
@@ -186,6 +187,10 @@ def slices(search: Search, trials: pd.DataFrame) -> Figure:
     drawing.legend(figure, _handles(trials.dropna(subset=[search.objectives[0].name])["state"]))
     drawing.title(figure, "Objectives over settings")
     return figure
+
+
+def _value_label(value: Scalar) -> str:
+    return drawing.ARM_LABELS.get(value, value) if isinstance(value, str) else drawing.number(float(value))
 
 
 def _log_axis(ax: Axes, span: float) -> None:

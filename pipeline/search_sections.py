@@ -95,12 +95,10 @@ def _came_of_it(results: SearchResults) -> str:
     counts = f"{states.get('complete', 0)} trials were trained to the end, {states.get('pruned', 0)} left at a rung"
     counts += f", {states['failed']} failed" if states.get("failed") else ""
     begun = f"; {states['grid']} cells of the grid began it" if states.get("grid") else ""
-    spent = about["updates_spent"] / about["updates"]
-    finals = int((results.finalists["side"] == "search").sum())
-    cost = (
-        f"{len(results.own)} trials cost as much as {intervals.plain(spent)} trainings to the end, the finalists {finals} more"
+    spent, finals, of_grid = (
+        intervals.plain(about[name] / about["updates"]) for name in ("updates_spent", "finalist_updates", "grid_updates")
     )
-    of_grid = intervals.plain(about["grid_updates"] / about["updates"])
+    cost = f"{len(results.own)} trials cost as much as {spent} trainings to the end, the finalists of both sides {finals} more"
     grid = f"; the {about['grid_cells']} cells of `{results.search.study}` cost {of_grid}" if about["grid_cells"] else ""
     return f"*Outcome:* {counts}{begun}. {cost}{grid}. What was trained for the test alone is not counted."
 

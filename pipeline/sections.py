@@ -248,9 +248,9 @@ def _first_l2(cells: pd.DataFrame, metric: str, most: float) -> float | None:
 
 
 def _noise_section(results: StudyResults) -> str:
-    if results.noise.empty:
-        return ""
     noise, fixed = results.slice(reconstructing(results.noise))
+    if noise.empty:
+        return ""
     pca = results.slice(results.pca)[0] if len(results.pca) else None
     summary = intervals.summarise(noise, ["noise", "level", "latent_dim", "arm", "beta"], ["mse_clean"])
     picture = figures.robustness(summary, None if pca is None else pca.dropna(subset=["noise"]))
@@ -300,7 +300,8 @@ def _pca_part(results: StudyResults, noise: pd.DataFrame, pca: pd.DataFrame | No
     if pca is None or pca.empty:
         return ""
     strongest = noise[noise.groupby("noise")["level"].transform("max") == noise["level"]]
-    clean = results.slice(results.metrics)[0].assign(noise="clean", level=0.0).rename(columns={"test/mse": "mse_clean"})
+    clean, _ = results.slice(reconstructing(results.metrics))
+    clean = clean.assign(noise="clean", level=0.0).rename(columns={"test/mse": "mse_clean"})
     by = ["noise", "level", "latent_dim", "arm", "beta"]
     summary = intervals.summarise(pd.concat([clean, strongest])[[*by, "seed", "mse_clean"]], by, ["mse_clean"])
     summary["label"] = [drawing.arm_label(arm, beta) for arm, beta in zip(summary["arm"], summary["beta"], strict=True)]

@@ -153,14 +153,16 @@ def test_code_digests_what_a_stage_imports_and_nothing_else(tmp_path, monkeypatc
         ("hunt", SEARCH.replace("trials", "trails"), "configs/hunt.yaml: trails: unknown key"),
         ("other", STUDY.replace("limit: 300", "limitt: 300"), "configs/other.yaml: data.limitt: unknown option"),
         ("other", "", "there is no config 'other'"),
+        ("another", SEARCH.replace("trials", "trails"), "configs/another.yaml: trails: unknown key"),
     ],
 )
 def test_a_wrong_config_of_any_scale_is_told_before_any_stage_runs(tmp_path, monkeypatch, name, text, message):
     monkeypatch.chdir(write_project(tmp_path / "work"))
     if text:
         Path("configs", f"{name}.yaml").write_text(text)
-    if name == "other":
-        Path("params.yaml").write_text(PARAMS.replace("scales: {}", "scales: {more: {studies: [other]}}"))
+    scales = {"other": "{more: {studies: [other]}}", "another": "{more: {studies: [tiny], searches: {another: tiny}}}"}
+    if name in scales:
+        Path("params.yaml").write_text(PARAMS.replace("scales: {}", f"scales: {scales[name]}"))
     result = CliRunner().invoke(main, ["code"])
     assert result.exit_code == 1 and message in result.output and not Path("code").exists()
 

@@ -114,6 +114,12 @@ def test_a_latent_of_a_plain_autoencoder_is_ablated_to_its_mean_wherever_that_is
     assert len(curves[0]) == 3 * 3 and curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
+def test_a_summary_has_the_elbow_of_the_kl_also_where_no_arm_has_one(make_stack):
+    sampling, plain = (_analyse(make_stack(make_data(), {"arm": arm}, {"arm": arm}))["summary"] for arm in ("vae", "ae"))
+    assert [row.keys() for row in plain] == [row.keys() for row in sampling]
+    assert all(row["elbow_kl"] is not None for row in sampling) and all(row["elbow_kl"] is None for row in plain)
+
+
 @pytest.mark.parametrize("cell", [{"arm": "ae"}, {"arm": "ae_as_published"}, {"beta": 0.0}], ids=str)
 def test_units_are_active_whatever_the_scale_of_a_code_that_no_prior_holds(make_stack, cell):
     stacks = [rescaled(make_stack(make_data(), cell, {}), factor) for factor in (1e-3, 1, 1e3)]

@@ -288,7 +288,7 @@ def _write_search(folder: Path, name: str) -> None:
     finals[1]["score"] = np.nan
     artifacts.write_table(path / "finalists.csv", pd.DataFrame(finals))
     about = {"search": name, "title": "t", "study": "digits", "sampler": "tpe", "trials": 24, "updates": 400, "rungs": []}
-    about |= {"device": "cpu", "updates_spent": 9600, "grid_cells": 6, "grid_updates": 9000}
+    about |= {"device": "cpu", "updates_spent": 9600, "finalist_updates": 3600, "grid_cells": 6, "grid_updates": 9000}
     artifacts.write_json(path / "about.json", about)
 
 
@@ -571,11 +571,12 @@ def test_a_searchs_cost_stands_beside_the_whole_grids(here: Path):
     workspace(here, digits=DIGITS)
     _edit("kl_weight", "search/trials.csv", _of_grid)
     path = Path("runs/kl_weight/search/about.json")
-    artifacts.write_json(path, artifacts.read_json(path) | {"updates_spent": 4000, "grid_updates": 9000, "updates": 400})
+    spent = {"updates_spent": 4000, "finalist_updates": 3500, "grid_updates": 9000, "updates": 400}
+    artifacts.write_json(path, artifacts.read_json(path) | spent)
     report.run()
     assert (
         "*Outcome:* 19 trials were trained to the end, 0 left at a rung, 1 failed; 4 cells of the grid began it. 20 trials "
-        "cost as much as 10 trainings to the end, the finalists 6 more; the 6 cells of `digits` cost 22.5."
+        "cost as much as 10 trainings to the end, the finalists of both sides 8.75 more; the 6 cells of `digits` cost 22.5."
     ) in _text()
 
 
@@ -625,11 +626,14 @@ def test_empty_files_still_give_a_report(here: Path):
     assert "| `tiny` | missing | plain AE | 0, 1, 2 |\n" in _text()
 
 
-@pytest.mark.parametrize("arms", ["vae: {beta: [0.01, 0.1]}", "ae: {}", "ae_code_l2: {beta: [1]}, kl_only: {beta: [1, 2]}"])
+@pytest.mark.parametrize(
+    "arms",
+    ["vae: {beta: [0.01, 0.1]}", "ae: {}", "ae_code_l2: {beta: [1]}, kl_only: {beta: [1, 2]}", "kl_only: {beta: [1]}"],
+)
 def test_any_choice_of_arms_gives_a_report(here: Path, arms: str):
     workspace(here, tiny=TINY.replace("vae: {beta: [0.01, 0.1]}, ae: {}", arms))
     report.run()
-    assert "There is no plain AE to compare with." in _text()
+    assert ("There is no plain AE to compare with." in _text()) == (arms != "kl_only: {beta: [1]}")
 
 
 @pytest.mark.parametrize("seeds", ["[0]", "[0, 1]"])

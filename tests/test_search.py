@@ -203,12 +203,14 @@ def test_a_given_up_cell_that_is_trained_again_keeps_its_checkpoints_from_others
     assert store.progress()[key].update == 15
 
 
-def test_the_grids_best_is_chosen_on_seeds_on_which_it_is_not_compared(workspace):
+@pytest.mark.parametrize("seeds", ["validation_seeds: [3], test_seeds: [1, 2]", "validation_seeds: [1], test_seeds: [2, 3]"])
+def test_the_grids_best_are_chosen_on_seeds_on_which_they_are_not_compared(workspace, seeds):
+    write(SEARCH.replace("validation_seeds: [3], test_seeds: [1, 2]", seeds), "hunt")
     (hunted, study), data = load_search("hunt"), load_prepared(Folders("tiny").prepared)
     settings = Settings(studies=("tiny",), device="cpu")
     with open_storage("sqlite:///optuna.db") as storage:
         hunt = search.Hunt("hunt", hunted, study, data, settings, CellStore(), storage, lambda: None)
-        assert hunted.winner.test_seeds == (1, 2) and {cell.seed for cell in hunt.grid.values()} == {0, 1}
+        assert {cell.seed for cell in hunt.grid.values()} == {0, 1}
         score = {(2, 0): 1.5, (3, 0): 2.0, (2, 1): 9.0, (3, 1): 3.0}  # by latents and seed
         hunt.grid_values = {
             key: [0.0] * hunt.chooses + [score[cell.latent_dim, cell.seed] - (cell.arm_name == "ae")]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tiny import STUDY, drive, write
+from tiny import SEARCH, STUDY, drive, write
 
 from pipeline import databases, tracking
 from pipeline.artifacts import ArtifactError, CellStore, Folders, read_json, read_table, read_tensors
@@ -298,8 +298,23 @@ def test_clean_keeps_what_another_scale_has_trained(workspace):
     settings = Path("params.yaml").read_text()
     Path("params.yaml").write_text(settings + "scales: {more: {studies: [other, never], searches: {neither: other}}}\n")
     assert clean.run() == (0, 0)
+    shutil.move(Folders("other").prepared, "elsewhere")  # as DVC removes it before it prepares
+    with pytest.raises(ArtifactError, match="data/prepared/other"):
+        clean.run()
+    shutil.move("elsewhere", Folders("other").prepared)
     Path("params.yaml").write_text(settings)
     assert clean.run()[0] == 4  # its VAEs: the plain AEs are those of the other study too
+
+
+def test_clean_keeps_what_an_interrupted_search_of_another_scale_has_trained(workspace):
+    write(SEARCH, "another")
+    settings = "studies: [tiny]\nsearches: {another: tiny}\n"
+    Path("params.yaml").write_text(settings)
+    with pytest.raises(Interrupted):
+        search.run("another", drive, lambda: 15)
+    Path("params.yaml").write_text("studies: [tiny]\nscales: {more: {studies: [tiny], searches: {another: tiny}}}\n")
+    with pytest.raises(ArtifactError, match="runs/another/search/trials.csv: is missing"):
+        clean.run()
 
 
 def test_plan_counts_cells_and_estimates_time_without_writing(workspace):

@@ -674,6 +674,13 @@ def test_only_all_cells_of_a_study_supersede_others(workspace):
     assert not study_records("digits", trained=read_study(["a"]))[0].all_given
 
 
+def test_an_experiment_in_a_copy_of_dvc_supersedes_nothing(workspace, tmp_path, monkeypatch):
+    copy = shutil.copytree(workspace, tmp_path / "main" / ".dvc" / "tmp" / "exps" / "temp")
+    monkeypatch.chdir(copy)
+    write_study(pd.DataFrame([cell("a")]))
+    assert not study_records("digits")[0].all_given
+
+
 def test_sigma2_is_a_number_also_beside_learned(workspace):
     write_study(pd.DataFrame([cell("a", sigma2=1.0), cell("b", sigma2=0.1), cell("c", sigma2="learned")]))
     _, records = study_records("digits")

@@ -33,15 +33,15 @@ def run(dry_run: bool = False) -> tuple[int, int]:
 def _used() -> Iterator[str]:
     """Ids of every cell that a study of any scale wants, trained or not, of every trial of a search, and of what it compared.
 
-    Of another scale than the one that runs, studies and searches that have not run have none.
+    Of another scale than the one that runs, studies and searches of which nothing is left have none.
     """
     settings = load_settings()
     runtime = find_runtime(settings)
     for name in settings.known_studies:
-        if name in settings.studies or Folders(name).prepared.exists():
+        if name in settings.studies or Folders(name).prepared.exists() or Folders(name).runs.exists():
             study = load_study(name)
             yield from identify(cells(study), load_prepared(Folders(name).prepared, study.data).hashes, runtime)
     for name in settings.known_searches:
-        if name in settings.every_search or Folders(name).search.exists():
+        if name in settings.every_search or Folders(name).runs.exists():
             for table in ("trials", "finalists", "winner"):
                 yield from read_table(Folders(name).search / f"{table}.csv")["cell_id"]

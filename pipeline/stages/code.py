@@ -16,7 +16,7 @@ import grimp
 from pipeline.artifacts import write_json
 from pipeline.config import load_known, load_settings
 from pipeline.datasets import check_config
-from pipeline.searches import load_listed
+from pipeline.searches import load_listed, load_search
 
 STAGES = ("prepare", "train", "evaluate", "prune", "search", "report")
 
@@ -24,7 +24,9 @@ STAGES = ("prepare", "train", "evaluate", "prune", "search", "report")
 def run() -> None:
     """Writes `code/<stage>.json`: the SHA-256 of every module's file, by module. Raises ConfigError."""
     settings = load_settings()
-    studies, searches = load_known(settings), load_listed(settings)
+    load_listed(settings)
+    studies = load_known(settings)
+    searches = {name: load_search(name)[0] for name in settings.known_searches}
     data = {name: found.data for name, found in [*studies.items(), *searches.items()] if found.data}
     for name, section in data.items():
         check_config(name, section)

@@ -59,8 +59,8 @@ def _analyse(stack: Measured) -> dict[str, Rows]:
         for latent in range(dim):
             values = {name: values[row, latent].item() for name, values in {**measured, "active": used}.items()}
             found["columns"].append({**place, "latent": latent, **values})
-        known = [name for name in CRITERIA if name != "kl" or cell.arm.samples]
-        elbows = {f"elbow_{name}": elbow(measured[name][row, :dim].cpu().numpy()) for name in known}
+        sizes = {name: measured[name][row, :dim].cpu().numpy() for name in CRITERIA if name != "kl" or cell.arm.samples}
+        elbows = {f"elbow_{name}": elbow(sizes[name]) if name in sizes else None for name in CRITERIA}
         units = {"active_units": int(used[row, :dim].sum())}
         found["summary"].append({**place, **units, **elbows, "cancelled": int(columns.cancels[row, :dim].sum())})
     # A latent that is taken away stands where the prior has its mean, or where its code has it if no prior holds that.

@@ -184,7 +184,8 @@ def _flags(manifest: pd.DataFrame) -> pd.Series:
 
 def _training(studies: Sequence[StudyResults], gallery: Gallery) -> str:
     header = ["study", "weights evaluated", "taken from updates", "device", "torch", "precision", "engine version"]
-    curves = [_curves(results) for results in studies if len(results.history) and len(results.manifest)]
+    found = [_curves(results) for results in studies if len(results.history) and len(results.manifest)]
+    curves = [table for table in found if len(table)]
     caption = (
         "Validation loss: each line is an arm's mean over seeds, with its 95% band, at the first value of every other axis. "
         "The first twentieth of training may lie above the frame, and the loss holds β times the penalty: only lines of one β "

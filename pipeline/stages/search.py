@@ -22,6 +22,7 @@ from pipeline.artifacts import (
     kept_stacks,
     link,
     load_prepared,
+    make_folder,
     trained_stacks,
     write_json,
     write_table,
@@ -66,6 +67,7 @@ def run(name: str, show: Show, stop: Stop = lambda: None) -> None:
     with store.lock(f"search {name}", shared=True), open_storage(storage_url(search)) as storage:
         hunt = Hunt(name, search, study, data, settings, store, storage, stop)
         hunt.check()
+        make_folder(Folders(name).runs)  # by which `clean` knows a search that was interrupted
         with hunt.trials.searcher:
             show(name, hunt.steps())
         with store.results_lock(name, wait=True):
@@ -267,7 +269,7 @@ class Final:
             while not self._are_ours(held):  # of several searchers, the first trains them
                 yield Step(self.hunt.trials.standing(), "waiting for another searcher", 0.0)
                 self.hunt.wait()
-            yield from self._train(self._finals, "finalists on other seeds", 0.0, share)
+            yield from self._train(self.trained, "finalists on other seeds", 0.0, share)
             winner = self.hunt.identified([self.best[SEARCH]])
             yield from self._train(
                 winner | self.tested(SEARCH) | self.tested(GRID), "winner and grid on other seeds", share, 1.0
@@ -296,7 +298,7 @@ class Final:
     def _best_of_grid(self) -> list[Cell]:
         """By the mean of what chooses the winner, on validation data.
 
-        Over seeds on which they are not compared on the test set; over all where the grid has no others.
+        Over seeds on which they are compared nowhere else; over all where the grid has no others.
         """
         hunt, chooses = self.hunt, self.hunt.search.chooses
         scores = {key: values[hunt.chooses] for key, values in hunt.grid_values.items()}
@@ -304,7 +306,8 @@ class Final:
         table = pd.DataFrame(rows, columns=["key", "score", "setting"]).dropna()
         if table.empty:
             return []
-        others = table[[hunt.grid[key].seed not in self.winner.test_seeds for key in table["key"]]]
+        compared = {*self.winner.validation_seeds, *self.winner.test_seeds}
+        others = table[[hunt.grid[key].seed not in compared for key in table["key"]]]
         means = (table if others.empty else others).groupby("setting")["score"].mean()
         ranked = means.sort_values(ascending=not chooses.maximised, kind="stable")
         known = table.drop_duplicates("setting").set_index("setting")["key"]
@@ -321,13 +324,14 @@ class Final:
         }
 
     @property
-    def _finals(self) -> dict[str, Cell]:
+    def trained(self) -> dict[str, Cell]:
+        """The finalists of both sides on the validation seeds, by id."""
         return {key: cell for cells in self._places.values() for key, cell in cells.items()}
 
     @cached_property
     def scores(self) -> pd.DataFrame:
         """What chooses the winner, on validation data, for each finalist and seed; nothing where it diverged."""
-        values = self.hunt.values(self.hunt.sound(self._finals))
+        values = self.hunt.values(self.hunt.sound(self.trained))
         scores = {key: found[self.hunt.chooses] for key, found in values.items()}
         rows = [
             {"side": side, "place": place, "cell_id": key, **cell.row(), "score": scores.get(key)}
@@ -403,6 +407,7 @@ def _about(hunt: Hunt, trials: pd.DataFrame) -> dict[str, Any]:
     search, runtime = hunt.search, hunt.runtime
     own = trials[trials["state"] != GRID]
     trained = own[~own["cell_id"].isin(hunt.grid)].groupby("cell_id")["updates"].max()
+    finals = hunt.final.trained.keys() - hunt.grid.keys()
     return {
         "search": hunt.name,
         "title": search.title,
@@ -417,6 +422,7 @@ def _about(hunt: Hunt, trials: pd.DataFrame) -> dict[str, Any]:
         "updates": hunt.train.updates,
         "rungs": hunt.trials.rungs,
         "updates_spent": int(trained.sum()),
+        "finalist_updates": sum(hunt.store.record(key)["updates"] for key in finals),
         "grid_cells": len(hunt.grid),
         "grid_updates": sum(cell.train.updates for cell in hunt.grid.values()),
         "device": runtime.device,
