@@ -500,12 +500,13 @@ class Settings(Scale):
         return self
 
 
-def load_study(name: str, folder: Path = CONFIG_FOLDER) -> Study:
+def load_study(name: str, folder: Path = CONFIG_FOLDER, named_by: str = "") -> Study:
     """Reads and checks `configs/<name>.yaml`, its claims too. Raises ConfigError."""
-    path = config_path(name, folder)
+    path = config_path(name, folder, named_by)
     study = load_strict(Study, path)
     about = {str(side["study"]) for claim in study.claims for side in claim.test.sides if "study" in side}
-    studies = {name: study, **{other: load_strict(Study, config_path(other, folder)) for other in sorted(about - {name})}}
+    others = {other: load_strict(Study, config_path(other, folder, f"{path}: claims")) for other in sorted(about - {name})}
+    studies = {name: study, **others}
     for index, claim in enumerate(study.claims):
         try:
             _check_test(claim.test, name, studies)
@@ -516,7 +517,7 @@ def load_study(name: str, folder: Path = CONFIG_FOLDER) -> Study:
 
 def load_known(settings: Settings, folder: Path = CONFIG_FOLDER) -> dict[str, Study]:
     """The studies of all scales by name. Raises ConfigError, also where two have a claim of one id."""
-    studies, owners = {name: load_study(name, folder) for name in settings.known_studies}, {}
+    studies, owners = {name: load_study(name, folder, f"{PARAMS_FILE}: studies") for name in settings.known_studies}, {}
     for name, claim in ((name, claim) for name, study in studies.items() for claim in study.claims):
         if owners.setdefault(claim.id, name) != name:
             raise ConfigError(f"{config_path(name, folder)}: claims: {owners[claim.id]} has a claim '{claim.id}' too")
@@ -633,16 +634,19 @@ def exact(value: Scalar) -> float | str:
 
 def load_settings(path: Path = PARAMS_FILE) -> Settings:
     """Reads and checks `params.yaml`. Raises ConfigError."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: is missing; all commands run in the folder of a project, which has one")
     return load_strict(Settings, path)
 
 
-def config_path(name: str, folder: Path = CONFIG_FOLDER) -> Path:
-    """The YAML of a study or a search. Raises ConfigError."""
+def config_path(name: str, folder: Path = CONFIG_FOLDER, named_by: str = "") -> Path:
+    """The YAML of a study or a search. Raises ConfigError, which begins with the file and the key that name it."""
     path = folder / f"{name}.yaml"
     if re.fullmatch(NAME, name) and path.is_file():
         return path
     known = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise ConfigError(f"{folder}/: there is no config {name[:80]!r}{nearest(name, known)}; there are: {', '.join(known)}")
+    begin = f"{named_by}: there" if named_by else "there"
+    raise ConfigError(f"{begin} is no config {name[:80]!r}{nearest(name, known)}; in {folder}/ are: {', '.join(known)}")
 
 
 def load_strict(model: type[Strict], path: Path) -> Any:
@@ -693,7 +697,8 @@ def _syntax_error(error: Exception) -> str:
         return " ".join(str(error).split())[:300]
     here, start = error.problem_mark.line + 1, error.context_mark.line + 1 if error.context_mark else None
     began = f" {error.context} from line {start} on" if start not in (None, here) else ""
-    return f"line {here}: {error.problem}{began}"
+    problem = re.sub(r" with value .*", "", str(error.problem), flags=re.DOTALL)  # of a duplicate key, whose values it garbles
+    return f"line {here}: {problem}{began}"
 
 
 def _first_line(model: type[Strict], content: Any, error: ValidationError) -> str:
@@ -707,7 +712,13 @@ def _first_line(model: type[Strict], content: Any, error: ValidationError) -> st
         missing = str(first["loc"][-1])
         hint = " (write `evaluate: {}` for its defaults)" if missing == "evaluate" else ""
         return f"{'.'.join(map(str, first['loc']))}: is required{hint}"
+    if first["type"] == "union_tag_invalid":
+        tag, known = first["ctx"]["tag"], re.findall(r"'(\w+)'", first["ctx"]["expected_tags"])
+        key = ".".join(part for part in (key, first["ctx"]["discriminator"].strip("'")) if part)
+        return f"{key}: must be one of {', '.join(known)}, but got {tag!r:.80}{nearest(tag, known)}"
     rule = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "too_short":
+        rule = "must have a value"
     shown = "" if isinstance(first["input"], dict) else f", but got {first['input']!r:.80}"
     return f"{key + ': ' if key else ''}{rule}{shown}"
 

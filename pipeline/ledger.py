@@ -38,11 +38,13 @@ ROUNDING = 1e-4
 
 
 def section(entries: Sequence[Entry], picture: str) -> str:
-    """The ledger: a sentence, one table a source, and `picture`, the plot of all intervals."""
+    """The ledger: a sentence, one table a source, first those of which claims ran, and `picture`, the plot of all intervals."""
     known = [entry for entry in entries if entry.claim.control is None]
+    ran = {_source(entry) for entry in known if entry.verdict != claims.NOT_RUN}
+    known.sort(key=lambda entry: (_source(entry) not in ran, _source(entry)))
     tables = [
         part
-        for heading, of_source in itertools.groupby(sorted(known, key=_source), key=_source)
+        for heading, of_source in itertools.groupby(known, key=_source)
         for part in (f"### {heading}", _table(list(of_source)))
     ]
     return md.join("## The ledger", _tally(known), HOW_IT_IS_DECIDED, *tables, _controls(entries), picture)
@@ -56,7 +58,8 @@ def _source(entry: Entry) -> str:
 def _tally(entries: Sequence[Entry]) -> str:
     verdicts = (*figures.VERDICT_COLOURS, claims.NOT_RUN)
     counts = {verdict: sum(entry.verdict == verdict for entry in entries) for verdict in verdicts}
-    return f"Of {len(entries)} claims " + ", ".join(f"{count} are {verdict}" for verdict, count in counts.items()) + "."
+    told = [f"{count} {'is' if count == 1 else 'are'} {verdict}" for verdict, count in counts.items()]
+    return f"Of {len(entries)} claims {', '.join(told)}."
 
 
 def _table(entries: Sequence[Entry]) -> str:

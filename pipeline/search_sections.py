@@ -14,7 +14,7 @@ from pipeline.searches import Axis, Goal, Search
 
 CAPTIONS = {
     "front": "Both objectives on validation data, one seed: finished trials, the grid's cells (joined over β), and the front.",
-    "history": "Progress over trials, in the order in which they were drawn; the grid's cells came first.",
+    "history": "Progress over trials, in the order in which they were drawn; the grid's cells stand first.",
     "rungs": "Values at the rungs, where trials leave, and at the end.",
     "importances": "Which settings explain the objectives' variance over finished trials and the grid's cells (fANOVA).",
     "slices": "Finished trials and the grid's cells over each varied setting.",
@@ -94,7 +94,7 @@ def _came_of_it(results: SearchResults) -> str:
     states, about = results.trials["state"].value_counts(), results.about
     counts = f"{states.get('complete', 0)} trials were trained to the end, {states.get('pruned', 0)} left at a rung"
     counts += f", {states['failed']} failed" if states.get("failed") else ""
-    begun = f"; {states['grid']} cells of the grid began it" if states.get("grid") else ""
+    begun = f"; {states['grid']} cells that `{results.search.study}` had trained count as trials" if states.get("grid") else ""
     spent, finals, of_grid = (
         intervals.plain(about[name] / about["updates"]) for name in ("updates_spent", "finalist_updates", "grid_updates")
     )

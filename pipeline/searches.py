@@ -341,11 +341,11 @@ def _points(item: Axis, count: int, whole: bool) -> list[Scalar]:
     return list(dict.fromkeys(round(point) for point in points)) if whole else points
 
 
-def load_search(name: str, folder: Path = CONFIG_FOLDER) -> tuple[Search, Study | None]:
+def load_search(name: str, folder: Path = CONFIG_FOLDER, named_by: str = "") -> tuple[Search, Study | None]:
     """Reads and checks the YAML of a search, and of the study that it names. Raises ConfigError."""
-    path = config_path(name, folder)
+    path = config_path(name, folder, named_by)
     search = load_strict(Search, path)
-    study = load_study(search.study, folder) if search.study else None
+    study = load_study(search.study, folder, f"{path}: study") if search.study else None
     try:
         search.settled(study)
     except ConfigError as error:
@@ -355,7 +355,7 @@ def load_search(name: str, folder: Path = CONFIG_FOLDER) -> tuple[Search, Study 
 
 def load_listed(settings: Settings, folder: Path = CONFIG_FOLDER) -> dict[str, Search]:
     """The searches of `params.yaml` by name, which must name the studies that it says. Raises ConfigError."""
-    found = {name: load_search(name, folder)[0] for name in settings.every_search}
+    found = {name: load_search(name, folder, f"{PARAMS_FILE}: searches")[0] for name in settings.every_search}
     for name, search in found.items():
         if search.study != (listed := settings.searches.get(name)):
             key = f"searches.{name}" if listed else "searches_alone"

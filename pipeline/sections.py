@@ -194,7 +194,8 @@ def _rate_figure(results: StudyResults, summary: pd.DataFrame) -> str:
         caption = "Squared error per dimension and KL over β and λ, means over seeds; the column AE is the plain AE."
         return results.gallery.show("beta-lambda", picture, caption)
     caption = "KL against reconstruction on the test set, with 95% intervals over seeds"
-    caption += "; the level line is the plain AE." if intervals.CONTROL in set(summary["arm"]) else "."
+    least = f" of λ = {md.value(summary['l2'].min())}" if summary["l2"].nunique() > 1 else ""
+    caption += f"; the level line is the plain AE{least}." if intervals.CONTROL in set(summary["arm"]) else "."
     return results.gallery.show("rate-distortion", figures.rate_distortion(summary), caption)
 
 

@@ -53,7 +53,8 @@ from pipeline.records import (
 KEY = "run_key"
 WRITING = "RUNNING"
 STATUSES = {"finished": "FINISHED", "diverged": "FAILED", "failed": "FAILED", "killed": "KILLED", "running": WRITING}
-SUPERSEDED = {BEST: "false", "claims": ""}  # tags of a run that is no longer one of its study or search
+CURRENT = "current"  # tag
+SUPERSEDED = {CURRENT: "false", BEST: "false", "claims": ""}  # tags of a run that is no longer one of its study or search
 
 SECONDS_TO_ANSWER = databases.SECONDS_TO_ANSWER
 SECONDS_TO_END = 2.5  # for who was told to stop
@@ -135,7 +136,7 @@ class _Publisher(ABC):
 
     def _put(self, experiment_id: str, runs: dict[str, StoredRun], record: RunRecord) -> bool:
         versions = _versions(record)
-        record = replace(record, tags={**record.tags, KEY: record.key})
+        record = replace(record, tags={**record.tags, KEY: record.key, CURRENT: "true"})
         if record.key not in runs:
             written = {} if record.status == "running" else versions
             runs[record.key] = self._create(experiment_id, record.name, {**record.tags, **written, **_origin()})

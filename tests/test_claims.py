@@ -405,7 +405,7 @@ MISTAKES = [
     ("level: 0.5", "level: 0.7", "axis 'level' has the values [0.0, 0.5], but got 0.7"),
     ("study: twin", "study: twi", "there is no config 'twi' (did you mean 'twin'?)"),
     ("id: falls", "id: rises", "no claim id may stand twice"),
-    ("kind: count", "kind: cuont", "does not match any of the expected tags"),
+    ("kind: count", "kind: cuont", "test.kind: must be one of monotone, "),
     (
         "base: {level: 0}",
         "base: {level: 0.5}",

@@ -152,7 +152,7 @@ def test_code_digests_what_a_stage_imports_and_nothing_else(tmp_path, monkeypatc
         ("tiny", STUDY.replace("hidden", "hiden"), "configs/tiny.yaml: model.hiden: unknown key"),
         ("hunt", SEARCH.replace("trials", "trails"), "configs/hunt.yaml: trails: unknown key"),
         ("other", STUDY.replace("limit: 300", "limitt: 300"), "configs/other.yaml: data.limitt: unknown option"),
-        ("other", "", "there is no config 'other'"),
+        ("other", "", "params.yaml: studies: there is no config 'other'"),
         ("another", SEARCH.replace("trials", "trails"), "configs/another.yaml: trails: unknown key"),
     ],
 )

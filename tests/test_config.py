@@ -64,7 +64,7 @@ MISTAKES = [
     ("ae: {}", "ae: {beta: [1]}", "grid: arm 'ae' has no penalty, so it has no axis 'beta'"),
     ("vae:", "vea:", "grid.arms.vea: Input should be 'vae'"),
     ("1e-5]", '"1e-5"]', "grid.l2.1: Input should be a valid number, but got '1e-5'"),
-    ("l2: [0, 1e-5]", "l2: []", "grid.l2: Tuple should have at least 1 item"),
+    ("l2: [0, 1e-5]", "l2: []", "grid.l2: must have a value"),
     ("l2: [0, 1e-5]", "l2: 0", "grid.l2: Input should be a valid array, but got 0"),
     ("l2: [0, 1e-5]", "l2: [0, .nan]", "grid.l2.1: Input should be a finite number, but got nan"),
     ("seed: [0, 1]", "seed: [0, 0]", "grid.seed: no value may stand twice, but got [0, 0]"),

@@ -575,8 +575,9 @@ def test_a_searchs_cost_stands_beside_the_whole_grids(here: Path):
     artifacts.write_json(path, artifacts.read_json(path) | spent)
     report.run()
     assert (
-        "*Outcome:* 19 trials were trained to the end, 0 left at a rung, 1 failed; 4 cells of the grid began it. 20 trials "
-        "cost as much as 10 trainings to the end, the finalists of both sides 8.75 more; the 6 cells of `digits` cost 22.5."
+        "*Outcome:* 19 trials were trained to the end, 0 left at a rung, 1 failed; 4 cells that `digits` had trained count as "
+        "trials. 20 trials cost as much as 10 trainings to the end, the finalists of both sides 8.75 more; the 6 cells of "
+        "`digits` cost 22.5."
     ) in _text()
 
 

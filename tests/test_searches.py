@@ -54,7 +54,7 @@ MISTAKES = [
     ("low: 0.1, high: 4", "low: 4, high: 4", "space.beta: `low < high` must hold, but got (low=4, high=4)"),
     ("low: 0.1, high: 4", "low: 0, high: 4", "space.beta: a log-uniform range must begin above 0, but got low=0"),
     ("low: 0.1, high: 4", "low: 0.1", "space.beta: either `low` and `high` must be given, or `values`"),
-    ("low: 0.1, high: 4", "values: []", "space.beta.values: Tuple should have at least 1 item"),
+    ("low: 0.1, high: 4", "values: []", "space.beta.values: must have a value"),
     ("low: 1, high: 8", "low: 1.5, high: 8", "space: latent_dim: Input should be a valid integer"),
     ("  beta:", "  arm: vea\n  beta:", "space: arm: Input should be 'vae'"),
     ("space:", "spaec:", "spaec: unknown key (did you mean 'space'?)"),

@@ -447,6 +447,8 @@ def test_the_alias_and_the_tag_best_follow_the_winner_of_a_search(database, best
     place = tracker._client.get_experiment_by_name("hunt").experiment_id
     (tagged,) = [run for run in tracker._client.search_runs([place]) if run.data.tags.get("best") == "true"]
     assert tagged.info.run_id == publish("new", "new")
+    current = tracker._client.search_runs([place], "tags.current = 'true'")
+    assert {run.data.tags["run_key"] for run in current} == {"parent", "new"}
     (of_claim,) = tracker._client.search_runs([place], "tags.claims LIKE '% one %'")
     assert of_claim.info.run_id == tagged.info.run_id
 

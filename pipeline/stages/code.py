@@ -14,7 +14,7 @@ from pathlib import Path
 import grimp
 
 from pipeline.artifacts import write_json
-from pipeline.config import load_known, load_settings
+from pipeline.config import PARAMS_FILE, load_known, load_settings
 from pipeline.datasets import check_config
 from pipeline.searches import load_listed, load_search
 
@@ -26,7 +26,7 @@ def run() -> None:
     settings = load_settings()
     load_listed(settings)
     studies = load_known(settings)
-    searches = {name: load_search(name)[0] for name in settings.known_searches}
+    searches = {name: load_search(name, named_by=f"{PARAMS_FILE}: searches")[0] for name in settings.known_searches}
     data = {name: found.data for name, found in [*studies.items(), *searches.items()] if found.data}
     for name, section in data.items():
         check_config(name, section)

@@ -126,7 +126,7 @@ def _run_row(results: StudyResults) -> list[str]:
 def _problems(studies: Sequence[StudyResults]) -> str:
     rows = [row for results in studies for row in _problem_rows(results)]
     if not rows:
-        return md.join("## Cells to be wary of", "None: no cell diverged, is unconverged, or is missing.")
+        return md.join("## Cells to be wary of", "No cell diverged, none is unconverged, and none is missing.")
     left = len(rows) - MOST_PROBLEMS
     more = f"… and {left} settings more, in `runs/<study>/train/manifest.csv`." if left > 0 else ""
     header, diverged = ["study", "what", "setting", "seeds", "at update"], any(row[1] == "diverged" for row in rows)
@@ -225,21 +225,22 @@ def _tracking(study: str) -> str:
         "## The runs in MLflow",
         "`make ui` opens MLflow: a study is an experiment with a parent run, a cell a run below it, with its curves; the best "
         "cells have pictures. A filter for the search box:",
-        f"```text\ntags.study = '{study}' and params.arm = 'vae'\n```",
+        f"```text\ntags.study = '{study}' and tags.current = 'true' and params.arm = 'vae'\n```",
+        "Runs of cells that a study no longer has stay, with `current` at `false`.",
     )
 
 
 def _versions(studies: Sequence[StudyResults]) -> str:
     versions = [f"Python {platform.python_version()}", *(f"{package} {_version(package)}" for package in PACKAGES)]
-    rows = [_data_row(results.name, dataset) for results in studies for dataset in results.describe["datasets"]]
+    rows = [_data_row(results, dataset) for results in studies for dataset in results.describe["datasets"]]
     header = ["study", "data", "rows: train / validation / test", "SHA-256 (first 16 digits)"]
     return md.join("## Versions and data", f"Written under {', '.join(versions)}.", md.table(header, rows))
 
 
-def _data_row(study: str, dataset: dict[str, Any]) -> list[str]:
-    point = ", ".join(f"{md.words(axis)} {md.value(value)}" for axis, value in dataset["point"].items())
+def _data_row(results: StudyResults, dataset: dict[str, Any]) -> list[str]:
+    point = "".join(f", {md.words(axis)} {md.value(value)}" for axis, value in dataset["point"].items())
     rows = " / ".join(md.count(dataset["rows"][split]) for split in ("train", "validation", "test"))
-    return [f"`{study}`", point or "–", rows, f"`{dataset['sha256'][:16]}`"]
+    return [f"`{results.name}`", f"`{results.describe['name']}`{point}", rows, f"`{dataset['sha256'][:16]}`"]
 
 
 def _version(package: str) -> str:

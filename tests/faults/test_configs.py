@@ -37,7 +37,7 @@ STUDIES = [
     ("beta: [1]", "beta: [.inf]", "grid.arms.vae.beta.0: Input should be a finite number, but got inf"),
     ("beta: [1]", "beta: [-1]", "grid.arms.vae.beta.0: Input should be greater than or equal to 0, but got -1"),
     ("beta: [1]", 'beta: ["1e-3"]', "grid.arms.vae.beta.0: Input should be a valid number, but got '1e-3'"),
-    ("beta: [1]", "beta: []", "grid.arms.vae.beta: Tuple should have at least 1 item"),
+    ("beta: [1]", "beta: []", "grid.arms.vae.beta: must have a value"),
     ("beta: [1]", "beta: [1, 1]", "beta: no value may stand twice, but got [1, 1]"),
     ("beta: [1]", "beta: [1, 1.0]", "no value may stand twice"),
     ("beta: [1]", "beta: 1", "grid.arms.vae.beta: Input should be a valid array, but got 1"),
@@ -75,7 +75,7 @@ STUDIES = [
     ("name: digits5k", "name: ../../etc", "data.name: String should match pattern"),
     ("name: digits5k", "name: 5", "data.name: Input should be a valid string, but got 5"),
     ("limit: 300", "axes: {limit: [300, 300]}", "data: axes.limit: no value may stand twice, but got [300, 300]"),
-    ("limit: 300", "axes: {limit: []}", "data.axes.limit: Tuple should have at least 1 item"),
+    ("limit: 300", "axes: {limit: []}", "data.axes.limit: must have a value"),
     ("name: digits5k", "name: digits6k", "data.name: there is no dataset 'digits6k' (did you mean 'digits5k'?)"),
     ("test: 60", "test: 1", "data.test: Input should be greater than or equal to 2, but got 1"),
     ("limit: 300", "limitt: 300", "data.limitt: unknown option of dataset 'digits5k' (did you mean 'limit'?)"),
@@ -153,7 +153,7 @@ STUDIES = [
         "axis 'beta' must have at least 2 values for a test of kind 'monotone', but got only [1.0]",
     ),
     ("direction: up", "directoin: up", "claims.0.test.directoin: unknown key (did you mean 'direction'?)"),
-    ("kind: monotone", "kind: rising", "claims.0.test: Input tag 'rising'"),
+    ("kind: monotone", "kind: rising", "claims.0.test.kind: must be one of"),
     ("direction: up", "direction: upwards", "direction: Input should be 'up' or 'down', but got 'upwards'"),
     ("where: {arm: vae}", "where: {arm: vea}", "axis 'arm' has the values ['vae', 'ae'], but got 'vea'"),
     ("where: {arm: vae}", "where: {latent_dim: 7}", "axis 'latent_dim' has the values [2, 3], but got 7"),
@@ -173,14 +173,14 @@ SEARCHES = [
     ("metric: validation/kl", "metric: validation/kll", "there is no metric 'validation/kll' to search by"),
     ("test_seeds: [1, 2]", "test_seeds: [0]", "winner: `validation_seeds` and `test_seeds` must be others than `seed`"),
     ("validation_seeds: [3]", "validation_seeds: [2]", "others than `seed` and each other, but share 2"),
-    ("study: tiny", "study: tinny", "there is no config 'tinny' (did you mean 'tiny'?)"),
+    ("study: tiny", "study: tinny", "configs/hunt.yaml: study: there is no config 'tinny' (did you mean 'tiny'?)"),
 ]
 SETTINGS = [
     ("reports: reports", "reports: /", "reports: must be a folder below the project's, but got '/'"),
     ("reports: reports", "reports: ../elsewhere", "reports: must be a folder below the project's, but got '../elsewhere'"),
     ("studies: [tiny]", "studies: [../tiny]", "studies.0: String should match pattern"),
     ("studies: [tiny]", "studies: [tiny, tiny]", "studies: no value may stand twice"),
-    ("studies: [tiny]", "studies: []", "studies: Tuple should have at least 1 item"),
+    ("studies: [tiny]", "studies: []", "studies: must have a value"),
     ("device: cpu", 'device: cpu, data_root: "a\\0b"', "data_root: must be readable text, but holds '\\x00'"),
     ("device: cpu", "device: gpu", "device: Input should be 'auto', 'cpu' or 'cuda', but got 'gpu'"),
     ("device: cpu", "device: cpu, stack_size: 0", "stack_size: Input should be greater than 0, but got 0"),
@@ -210,7 +210,7 @@ def test_a_wrong_config_is_refused_in_one_line_before_any_data_is_touched(
     result = CliRunner().invoke(main, command)
     assert time.monotonic() - start < 2
     assert result.exit_code == 1 and len(result.output.splitlines()) == 1, result.output
-    assert result.output.startswith(f"vaesweep: {path}: ") or "configs/: there is no config" in result.output
+    assert result.output.startswith(f"vaesweep: {path}: ")
     assert message in result.output
 
 
