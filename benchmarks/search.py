@@ -127,7 +127,7 @@ def one_at_a_time(search: Search, data: Prepared, device: str, url: str) -> Outc
 
     from pipeline.storages import open_storage
 
-    hunt, start = _hunt(search, data, device, optuna.storages.InMemoryStorage()), time.perf_counter()
+    hunt, start = a_hunt(search, data, device, optuna.storages.InMemoryStorage()), time.perf_counter()
     executor = Inline(hunt.store, hunt.runtime)
 
     def objective(trial: optuna.Trial) -> float:
@@ -157,7 +157,7 @@ def in_batches(search: Search, data: Prepared, device: str, url: str) -> Outcome
 
     with open_storage(url) as storage, _optunas_part() as clock:
         start = time.perf_counter()
-        hunt = _hunt(search, data, device, storage)
+        hunt = a_hunt(search, data, device, storage)
         with hunt.trials.searcher:
             for _ in hunt.find():
                 pass
@@ -167,7 +167,7 @@ def in_batches(search: Search, data: Prepared, device: str, url: str) -> Outcome
     return Outcome(search.trials, seconds, asking, updates / search.train.updates, best, _on_other_seeds(hunt, setting))
 
 
-def _hunt(search: Search, data: Prepared, device: str, storage: Any) -> Hunt:
+def a_hunt(search: Search, data: Prepared, device: str, storage: Any) -> Hunt:
     from pipeline.stages.search import Hunt
 
     settings = Settings(studies=("benchmark",), device=device)
@@ -244,7 +244,7 @@ def ways(task: Task, seed: int) -> dict[str, tuple[Callable[..., Outcome], Searc
 def compare(task: Task, device: str, seeds: int) -> Iterator[dict[str, list[Outcome]]]:
     """Outcomes by way, one a seed; after each seed those so far."""
     found: dict[str, list[Outcome]] = {}
-    data = _prepared(task)
+    data = prepared(task)
     for seed in range(seeds):
         for name, (way, search) in ways(task, seed).items():
             with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -255,7 +255,7 @@ def compare(task: Task, device: str, seeds: int) -> Iterator[dict[str, list[Outc
         yield found
 
 
-def _prepared(task: Task) -> Prepared:
+def prepared(task: Task) -> Prepared:
     search = ways(task, 0)["one at a time"][1]
     raw = data_root(None, Path.cwd())
     with tempfile.TemporaryDirectory() as folder:
