@@ -20,6 +20,7 @@ from dataclasses import replace
 import click
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from tabulate import tabulate
 
 from pipeline import halving
@@ -80,7 +81,7 @@ def compare(values: dict[int, np.ndarray]) -> Iterator[list]:
 
 
 @click.command(help=__doc__)
-@click.option("--trials", default=192, show_default=True)
+@click.option("--trials", type=click.IntRange(min=OF), default=192, show_default=True)
 def main(trials: int) -> None:
     import optuna
 
@@ -92,8 +93,7 @@ def main(trials: int) -> None:
     print(
         f"\nbest values at the end: {', '.join(f'{value:.1f}' for value in np.sort(end)[:-9:-1])}; median {np.median(end):.1f}"
     )
-    ranks = {update: np.argsort(np.argsort(column)) for update, column in values.items()}
-    told = ", ".join(f"{update}: {np.corrcoef(ranks[update], ranks[max(ranks)])[0, 1]:.2f}" for update in RUNGS)
+    told = ", ".join(f"{update}: {spearmanr(values[update], end).statistic:.2f}" for update in RUNGS)
     print(f"rank correlation with the end at update {told}\n")
     rows = [row for row in compare(values) if row[2] <= DEAREST or not row[0]]
     heads = ["rungs", "one in", "trainings", "loss in the best, nats", "none in"]
